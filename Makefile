@@ -1,0 +1,58 @@
+# Every target makes the environment it needs in .venv: with uv where it is
+# installed, else with venv and pip. A second call installs nothing.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+FILE ?=
+WORKERS ?= 2
+.DEFAULT_GOAL := help
+
+.PHONY: help run test test-slow lint format bench notebooks clean
+
+help: ## Show this list.
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+run: $(VENV)/.run ## Run the five systems on a real complex (FILE=my.cif for yours).
+	$(BIN)/structattn run $(FILE)
+
+test: $(VENV)/.test ## Run the test suite.
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow"
+
+test-slow: $(VENV)/.test ## Run the larger tests.
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.lint ## Check style, format and types.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/ty check
+
+format: $(VENV)/.lint ## Apply the formatter.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.run ## Measure segment pooling against the alternatives.
+	$(BIN)/python -m structattn_jax.benchmark
+
+notebooks: $(VENV)/.notebooks ## Execute the notebooks in place.
+	$(BIN)/jupytext --sync notebooks/*.py
+	$(BIN)/jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
+
+clean: ## Remove the environment and everything generated.
+	rm -rf $(VENV) out build dist .pytest_cache .ruff_cache .hypothesis
+
+# One stamp per extra; all share one environment.
+$(VENV)/.run: EXTRA = run
+$(VENV)/.test: EXTRA = test
+$(VENV)/.lint: EXTRA = lint
+$(VENV)/.notebooks: EXTRA = notebooks
+$(VENV)/.run $(VENV)/.test $(VENV)/.lint $(VENV)/.notebooks: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo 'Python 3.11 or newer is needed; choose one with PYTHON=...' >&2; exit 1; }
+	@if command -v uv >/dev/null 2>&1; then \
+	  test -x $(BIN)/python || uv venv --quiet --python "$$(command -v $(PYTHON))" $(VENV); \
+	  uv pip install --quiet --python $(BIN)/python -e '.[$(EXTRA)]'; \
+	else \
+	  test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$(EXTRA)]'; \
+	fi
+	@touch $@

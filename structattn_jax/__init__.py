@@ -1,0 +1,143 @@
+"""Attention systems of structural biology for JAX and Haiku.
+
+  import structattn_jax as sa
+
+  init, apply = sa.transform_ipa(sa.InvariantPointAttentionConfig())
+
+Modules live in `structattn_jax.network`, one algorithm per file; everything a
+user needs is re-exported here. `structattn_jax.data` (structure files, extra
+`data`) and `structattn_jax.reference` (float64 oracles) are imported when they
+are first used.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from structattn_jax import geometry, testing
+from structattn_jax.common.base_config import BaseConfig
+from structattn_jax.common.checks import (
+  check_dtypes,
+  check_shapes,
+  validate_rotations,
+  validate_segment_ids,
+  validate_sorted,
+)
+from structattn_jax.common.numerics import (
+  layer_norm,
+  masked_softmax,
+  safe_norm,
+)
+from structattn_jax.components.haiku_modules import LayerNorm, Linear
+from structattn_jax.components.segment import (
+  max_segment_size,
+  segment_attention,
+  segment_broadcast,
+  segment_max,
+  segment_mean,
+  segment_softmax,
+  segment_sum,
+)
+from structattn_jax.geometry import Rigid
+from structattn_jax.network.atom_cross_attention import (
+  AtomCrossAttentionConfig,
+  AtomCrossAttentionOutput,
+  AtomToTokenAttention,
+  TokenToAtomAttention,
+  atom_cross_attention,
+  transform_atom_cross_attention,
+)
+from structattn_jax.network.boltz_encoders import (
+  TokenAttentionPool,
+  TokenAttentionPoolConfig,
+  transform_token_attention_pool,
+)
+from structattn_jax.network.invariant_point_attention import (
+  InvariantPointAttention,
+  InvariantPointAttentionConfig,
+  InvariantPointAttentionOutput,
+  transform_ipa,
+)
+from structattn_jax.network.pallatom_atom_transformers import (
+  AtomTransformer,
+  AtomTransformerBlock,
+  AtomTransformerConfig,
+  build_sparse_pairs,
+  required_neighbours,
+  transform_atom_transformer,
+)
+from structattn_jax.network.sedd_dual_track import (
+  DDiTBlock,
+  DualTrack,
+  DualTrackConfig,
+  DualTrackOutput,
+  TimestepEmbedder,
+  TokenEmbedding,
+  dual_track_states,
+  transform_dual_track,
+)
+
+if TYPE_CHECKING:
+  from structattn_jax import data, reference
+
+__version__ = '0.1.0'
+
+_LAZY = ('data', 'reference')
+
+__all__ = [
+  'AtomCrossAttentionConfig',
+  'AtomCrossAttentionOutput',
+  'AtomToTokenAttention',
+  'AtomTransformer',
+  'AtomTransformerBlock',
+  'AtomTransformerConfig',
+  'BaseConfig',
+  'DDiTBlock',
+  'DualTrack',
+  'DualTrackConfig',
+  'DualTrackOutput',
+  'InvariantPointAttention',
+  'InvariantPointAttentionConfig',
+  'InvariantPointAttentionOutput',
+  'LayerNorm',
+  'Linear',
+  'Rigid',
+  'TimestepEmbedder',
+  'TokenAttentionPool',
+  'TokenAttentionPoolConfig',
+  'TokenEmbedding',
+  'TokenToAtomAttention',
+  'atom_cross_attention',
+  'build_sparse_pairs',
+  'check_dtypes',
+  'check_shapes',
+  'data',
+  'dual_track_states',
+  'geometry',
+  'layer_norm',
+  'masked_softmax',
+  'max_segment_size',
+  'reference',
+  'required_neighbours',
+  'safe_norm',
+  'segment_attention',
+  'segment_broadcast',
+  'segment_max',
+  'segment_mean',
+  'segment_softmax',
+  'segment_sum',
+  'testing',
+  'transform_atom_cross_attention',
+  'transform_atom_transformer',
+  'transform_dual_track',
+  'transform_ipa',
+  'transform_token_attention_pool',
+  'validate_rotations',
+  'validate_segment_ids',
+  'validate_sorted',
+]
+
+
+def __getattr__(name: str) -> Any:
+  if name in _LAZY:
+    return importlib.import_module(f'{__name__}.{name}')
+  raise AttributeError(f'module {__name__!r} has no attribute {name!r}')

@@ -1,0 +1,1 @@
+"""Configs, shape checks and numerics that every system uses."""

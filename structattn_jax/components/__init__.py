@@ -1,0 +1,1 @@
+"""Parts with one formula and one parameter shape that several systems share."""

@@ -1,0 +1,1 @@
+"""The attention systems, one algorithm per file, next to its paper."""

@@ -16,7 +16,7 @@ run: $(VENV)/.run ## Run the five systems on a real complex (FILE=my.cif for you
 	$(BIN)/structattn run $(FILE)
 
 test: $(VENV)/.test ## Run the test suite.
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not slow"
 
 test-slow: $(VENV)/.test ## Run the larger tests.
 	$(BIN)/python -m pytest -m slow

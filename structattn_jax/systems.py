@@ -3,10 +3,11 @@
 `structattn run` and the test suites loop over these records. Each pairs the
 transformed functions with the float64 oracle of the same formula, so that
 
-    system.transformed.apply(params, **inputs)  ~=  system.oracle(params, inputs)
+  system.transformed.apply(params, **inputs) ~= system.oracle(params, inputs)
 """
 
 import dataclasses
+import operator
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -53,15 +54,15 @@ class System:
 
 
 def invariant_point_attention(
-    config: ipa.InvariantPointAttentionConfig,
+  config: ipa.InvariantPointAttentionConfig,
 ) -> System:
   """AF2's invariant point attention."""
 
   def oracle(params: hk.Params, inputs: Inputs) -> np.ndarray:
     scope = 'invariant_point_attention'
     own = {
-        path.removeprefix(scope).removeprefix('/'): float64(values)
-        for path, values in params.items()
+      path.removeprefix(scope).removeprefix('/'): float64(values)
+      for path, values in params.items()
     }
     if config.head_weights == 'unit':
       head_weights = np.ones(config.num_head)
@@ -72,35 +73,35 @@ def invariant_point_attention(
     mask = values.get('mask')
     pair = values.get('pair')
     return ipa_reference.invariant_point_attention(
-        values['single'],
-        pair,
-        values['rotation'],
-        values['translation'],
-        np.ones(n_res, bool) if mask is None else mask,
-        q_scalar=own['q_scalar']['weights'],
-        k_scalar=own['k_scalar']['weights'],
-        v_scalar=own['v_scalar']['weights'],
-        q_point=own['q_point_local']['weights'],
-        kv_point=own['kv_point_local']['weights'],
-        attention_2d=None if pair is None else own['attention_2d']['weights'],
-        output_projection=own['output_projection']['weights'],
-        head_weights=head_weights,
-        num_point_qk=config.num_point_qk,
+      values['single'],
+      pair,
+      values['rotation'],
+      values['translation'],
+      np.ones(n_res, bool) if mask is None else mask,
+      q_scalar=own['q_scalar']['weights'],
+      k_scalar=own['k_scalar']['weights'],
+      v_scalar=own['v_scalar']['weights'],
+      q_point=own['q_point_local']['weights'],
+      kv_point=own['kv_point_local']['weights'],
+      attention_2d=None if pair is None else own['attention_2d']['weights'],
+      output_projection=own['output_projection']['weights'],
+      head_weights=head_weights,
+      num_point_qk=config.num_point_qk,
     )
 
   return System(
-      'af2_ipa',
-      'AlphaFold 2 invariant point attention',
-      'Jumper et al. 2021, Suppl. Alg. 22 (seed 003)',
-      ipa.transform_ipa(config),
-      oracle,
-      {
-          'single': 'n_res c_s',
-          'pair': 'n_res n_res c_z',
-          'rotation': 'n_res 3 3',
-          'translation': 'n_res 3',
-          'mask': 'n_res',
-      },
+    'af2_ipa',
+    'AlphaFold 2 invariant point attention',
+    'Jumper et al. 2021, Suppl. Alg. 22 (seed 003)',
+    ipa.transform_ipa(config),
+    oracle,
+    {
+      'single': 'n_res c_s',
+      'pair': 'n_res n_res c_z',
+      'rotation': 'n_res 3 3',
+      'translation': 'n_res 3',
+      'mask': 'n_res',
+    },
   )
 
 
@@ -114,7 +115,7 @@ def atom_cross_attention(config: aca.AtomCrossAttentionConfig) -> System:
 
     def weights(scope: str) -> dict[str, np.ndarray]:
       return {
-          name.lower(): value for name, value in float64(params[scope]).items()
+        name.lower(): value for name, value in float64(params[scope]).items()
       }
 
     to_atoms = weights('to_atoms')
@@ -123,60 +124,60 @@ def atom_cross_attention(config: aca.AtomCrossAttentionConfig) -> System:
       to_atoms['w_q'] = np.zeros((arguments[0].shape[1], *heads))
       to_atoms['w_k'] = np.zeros((arguments[1].shape[1], *heads))
     return aca.AtomCrossAttentionOutput(
-        atoms=aca_reference.token_to_atom(
-            *arguments,
-            **to_atoms,
-            normalise=config.normalise,
-            atom_mask=mask,
-        ),
-        tokens=aca_reference.atom_to_token(
-            *arguments, **weights('to_tokens'), atom_mask=mask
-        ),
+      atoms=aca_reference.token_to_atom(
+        *arguments,
+        **to_atoms,
+        normalise=config.normalise,
+        atom_mask=mask,
+      ),
+      tokens=aca_reference.atom_to_token(
+        *arguments, **weights('to_tokens'), atom_mask=mask
+      ),
     )
 
   return System(
-      'af3_atom_cross_attention',
-      'AlphaFold 3 token-atom cross attention',
-      'Abramson et al. 2024, Suppl. Algs. 5-6, simplified (seed 000)',
-      aca.transform_atom_cross_attention(config),
-      oracle,
-      {
-          'atoms': 'n_atom c_atom',
-          'tokens': 'n_token c_token',
-          'atom_to_token': 'n_atom',
-          'atom_mask': 'n_atom',
-      },
+    'af3_atom_cross_attention',
+    'AlphaFold 3 token-atom cross attention',
+    'Abramson et al. 2024, Suppl. Algs. 5-6, simplified (seed 000)',
+    aca.transform_atom_cross_attention(config),
+    oracle,
+    {
+      'atoms': 'n_atom c_atom',
+      'tokens': 'n_token c_token',
+      'atom_to_token': 'n_atom',
+      'atom_mask': 'n_atom',
+    },
   )
 
 
 def token_attention_pool(
-    config: boltz_encoders.TokenAttentionPoolConfig, num_tokens: int
+  config: boltz_encoders.TokenAttentionPoolConfig, num_tokens: int
 ) -> System:
   """Boltz's atom attention encoder in the seed's form."""
 
   def oracle(params: hk.Params, inputs: Inputs) -> np.ndarray:
     values = float64(inputs)
     return boltz_reference.token_attention_pool(
-        values['atom_features'],
-        values['atom_to_token'],
-        num_tokens,
-        **float64(params['token_attention_pool']),
-        atom_mask=values.get('atom_mask'),
+      values['atom_features'],
+      values['atom_to_token'],
+      num_tokens,
+      **float64(params['token_attention_pool']),
+      atom_mask=values.get('atom_mask'),
     )
 
   return System(
-      'boltz_token_attention',
-      'Boltz atom attention within tokens',
-      'Boltz AtomAttentionEncoder, simplified (seed 001)',
-      boltz_encoders.transform_token_attention_pool(
-          config, num_tokens=num_tokens
-      ),
-      oracle,
-      {
-          'atom_features': 'n_atom c_atom',
-          'atom_to_token': 'n_atom',
-          'atom_mask': 'n_atom',
-      },
+    'boltz_token_attention',
+    'Boltz atom attention within tokens',
+    'Boltz AtomAttentionEncoder, simplified (seed 001)',
+    boltz_encoders.transform_token_attention_pool(
+      config, num_tokens=num_tokens
+    ),
+    oracle,
+    {
+      'atom_features': 'n_atom c_atom',
+      'atom_to_token': 'n_atom',
+      'atom_mask': 'n_atom',
+    },
   )
 
 
@@ -185,25 +186,25 @@ def atom_transformer(config: pallatom.AtomTransformerConfig) -> System:
 
   def oracle(params: hk.Params, inputs: Inputs) -> np.ndarray:
     return pallatom_reference.atom_transformer(
-        torch_names(params, 'atom_transformer'),
-        **float64(inputs),
-        num_block=config.num_block,
-        num_head=config.num_head,
+      torch_names(params, 'atom_transformer'),
+      **float64(inputs),
+      num_block=config.num_block,
+      num_head=config.num_head,
     )
 
   return System(
-      'pallatom_atom_transformer',
-      'Pallatom sparse atom transformer',
-      'pallatom.architecture.atom_transformers (seed 002)',
-      pallatom.transform_atom_transformer(config),
-      oracle,
-      {
-          'q': 'n_atom c_atom',
-          'c': 'n_atom c_atom',
-          'p': 'n_atom n_nbr c_pair',
-          'neighbor_idx': 'n_atom n_nbr',
-          'valid_mask': 'n_atom n_nbr',
-      },
+    'pallatom_atom_transformer',
+    'Pallatom sparse atom transformer',
+    'pallatom.architecture.atom_transformers (seed 002)',
+    pallatom.transform_atom_transformer(config),
+    oracle,
+    {
+      'q': 'n_atom c_atom',
+      'c': 'n_atom c_atom',
+      'p': 'n_atom n_nbr c_pair',
+      'neighbor_idx': 'n_atom n_nbr',
+      'valid_mask': 'n_atom n_nbr',
+    },
   )
 
 
@@ -211,53 +212,54 @@ def dual_track(config: sedd_dual_track.DualTrackConfig) -> System:
   """SEDD's protein-ligand dual track."""
 
   def oracle(
-      params: hk.Params, inputs: Inputs
+    params: hk.Params, inputs: Inputs
   ) -> sedd_dual_track.DualTrackOutput:
     values = float64(inputs)
     stack = 'dual_track/__layer_stack_no_per_layer/'
 
     def layers(track: str) -> list[dict[str, np.ndarray]]:
+      scope = f'{stack}blocks_{track}'
+      stacked = {
+        path: values for path, values in params.items() if scope in path
+      }
       return [
-          torch_names(
-              jax.tree.map(lambda x: np.asarray(x)[i], params),
-              f'{stack}blocks_{track}',
-          )
-          for i in range(config.num_block)
+        torch_names(jax.tree.map(operator.itemgetter(i), stacked), scope)
+        for i in range(config.num_block)
       ]
 
     condition = sedd_reference.timestep_condition(
-        torch_names(params, 'sigma_map'), float(values['sigma'])
+      torch_names(params, 'sigma_map'), float(values['sigma'])
     )
     protein, ligand = sedd_reference.dual_track(
-        layers('prot'),
-        layers('lig'),
-        sedd_reference.token_embedding(
-            torch_names(params, 'protein_embed'), values['protein_tokens']
-        ),
-        sedd_reference.token_embedding(
-            torch_names(params, 'ligand_embed'), values['ligand_tokens']
-        ),
-        condition,
-        values.get('protein_mask'),
-        values.get('ligand_mask'),
-        num_head=config.num_head,
-        variant=config.variant,
+      layers('prot'),
+      layers('lig'),
+      sedd_reference.token_embedding(
+        torch_names(params, 'protein_embed'), values['protein_tokens']
+      ),
+      sedd_reference.token_embedding(
+        torch_names(params, 'ligand_embed'), values['ligand_tokens']
+      ),
+      condition,
+      values.get('protein_mask'),
+      values.get('ligand_mask'),
+      num_head=config.num_head,
+      variant=config.variant,
     )
     return sedd_dual_track.DualTrackOutput(protein, ligand)
 
   return System(
-      'sedd_dual_track',
-      'SEDD protein-ligand dual track',
-      'SEDD protein-ligand architecture (seed 004)',
-      sedd_dual_track.transform_dual_track(config),
-      oracle,
-      {
-          'protein_tokens': 'n_protein',
-          'ligand_tokens': 'n_ligand',
-          'sigma': '',
-          'protein_mask': 'n_protein',
-          'ligand_mask': 'n_ligand',
-      },
+    'sedd_dual_track',
+    'SEDD protein-ligand dual track',
+    'SEDD protein-ligand architecture (seed 004)',
+    sedd_dual_track.transform_dual_track(config),
+    oracle,
+    {
+      'protein_tokens': 'n_protein',
+      'ligand_tokens': 'n_ligand',
+      'sigma': '',
+      'protein_mask': 'n_protein',
+      'ligand_mask': 'n_ligand',
+    },
   )
 
 
@@ -278,11 +280,11 @@ def torch_names(params: hk.Params, scope: str) -> dict[str, np.ndarray]:
   'blocks_0/to_q' `weights` [in, out] becomes 'blocks.0.to_q.weight' [out, in].
   """
   names = {
-      'weights': 'weight',
-      'scale': 'weight',
-      'offset': 'bias',
-      'bias': 'bias',
-      'embedding': 'embedding.weight',
+    'weights': 'weight',
+    'scale': 'weight',
+    'offset': 'bias',
+    'bias': 'bias',
+    'embedding': 'embedding.weight',
   }
   out = {}
   for path, values in params.items():

@@ -113,7 +113,7 @@ def segment_mean(
   total = _sum(wide, segments.ids, segments.keep, segments.plan)
   ones = jnp.ones(wide.shape[:1], wide.dtype)
   count = _sum(ones, segments.ids, segments.keep, segments.plan)
-  count = jnp.maximum(count, 1).reshape(-1, *(1,) * (wide.ndim - 1))
+  count = _expand(jnp.maximum(count, 1), wide.ndim)
   return (total / count).astype(jnp.result_type(values))
 
 
@@ -139,7 +139,7 @@ def segment_max(
   # The maximum is linear in the rows that attain it; the sum below carries the
   # gradient, and the correction (zero up to rounding) makes the value exact.
   attained = wide == largest[segments.ids]
-  attained &= _rows(segments.keep, wide.ndim)
+  attained &= _expand(segments.keep, wide.ndim)
   share = attained.astype(wide.dtype)
   ties = _sum(share, segments.ids, segments.keep, segments.plan)
   share /= jnp.maximum(ties, 1)[segments.ids]
@@ -321,6 +321,8 @@ def take_slots(rows: jax.Array, slots: Slots) -> jax.Array:
   Every row is in at most one slot, so the gradient is a scatter without
   collisions.
   """
+  if not rows.shape[0]:  # XLA cannot gather from nothing.
+    return jnp.zeros((*slots.index.shape, *rows.shape[1:]), rows.dtype)
   return rows.at[slots.index].get(mode='fill', fill_value=0)
 
 
@@ -397,24 +399,26 @@ def _prepare(
   return _Segments(ids, keep, plan)
 
 
-def _rows(vector: jax.Array, ndim: int) -> jax.Array:
-  """Adds trailing axes to [n] so that it broadcasts against `ndim` axes."""
-  return vector.reshape(-1, *(1,) * (ndim - 1))
+def _expand(x: jax.Array, ndim: int) -> jax.Array:
+  """Adds trailing axes until there are `ndim`, for broadcasting."""
+  return x.reshape(*x.shape, *(1,) * (ndim - x.ndim))
 
 
 def _softmax(logits: jax.Array, segments: _Segments) -> jax.Array:
   ids, keep, plan = segments
   logits = jnp.where(
-    _rows(keep, logits.ndim), numerics.at_least_float32(logits), 0
+    _expand(keep, logits.ndim), numerics.at_least_float32(logits), 0
   )
   # A constant per segment leaves the softmax unchanged, so no gradient.
   largest = _max(jax.lax.stop_gradient(logits), ids, keep, plan)
   unnormalised = jnp.where(
-    _rows(keep, logits.ndim), jnp.exp(logits - largest[ids]), 0
+    _expand(keep, logits.ndim), jnp.exp(logits - largest[ids]), 0
   )
   total = _sum(unnormalised, ids, keep, plan)
   total = jnp.where(total > 0, total, 1)
-  return unnormalised / _gather(total, ids, jnp.ones_like(keep), plan)
+  own_total = _gather(total, ids, keep, plan)
+  own_total = jnp.where(_expand(keep, logits.ndim), own_total, 1)
+  return unnormalised / own_total
 
 
 def _sum(
@@ -438,7 +442,7 @@ def _scatter_sum(
   values: jax.Array, ids: jax.Array, keep: jax.Array, plan: _Plan
 ) -> jax.Array:
   return jax.ops.segment_sum(
-    jnp.where(_rows(keep, values.ndim), values, 0),
+    jnp.where(_expand(keep, values.ndim), values, 0),
     ids,
     plan.num_segments,
     indices_are_sorted=plan.is_sorted,
@@ -452,7 +456,7 @@ def _plain_gather(
   rows = tokens.at[ids].get(
     indices_are_sorted=plan.is_sorted, mode='promise_in_bounds'
   )
-  return jnp.where(_rows(keep, rows.ndim), rows, 0)
+  return jnp.where(_expand(keep, rows.ndim), rows, 0)
 
 
 # Sum and gather are each other's transpose. Saying so keeps the scatter that
@@ -500,6 +504,10 @@ _transposable_gather.defvjp(
 
 def _slots(ids: jax.Array, keep: jax.Array, plan: _Plan) -> Slots:
   n = ids.shape[0]
+  shape = (plan.num_segments, plan.max_per_segment)
+  if not n:
+    empty = jnp.zeros(shape, bool)
+    return Slots(empty.astype(jnp.int32), empty, empty[:, 0])
   order = jnp.arange(n, dtype=jnp.int32)
   if not (plan.is_sorted and plan.all_kept):
     # Dropped rows sort behind the last segment and take no slot.
@@ -520,7 +528,7 @@ def _dense_sum(
 ) -> jax.Array:
   slots = _slots(ids, keep, plan)
   total = jnp.sum(take_slots(values, slots), 1)
-  return jnp.where(_rows(slots.overflow, total.ndim), jnp.nan, total)
+  return jnp.where(_expand(slots.overflow, total.ndim), jnp.nan, total)
 
 
 @functools.partial(jax.jit, static_argnames='plan')
@@ -528,8 +536,10 @@ def _matmul_sum(
   values: jax.Array, ids: jax.Array, keep: jax.Array, plan: _Plan
 ) -> jax.Array:
   n, num_segments = values.shape[0], plan.num_segments
-  flat = jnp.where(_rows(keep, values.ndim), values, 0).reshape(n, -1)
-  size = min(max(_ONE_HOT_ENTRIES // max(num_segments, 1), 1), max(n, 1))
+  if not n:
+    return jnp.zeros((num_segments, *values.shape[1:]), values.dtype)
+  flat = jnp.where(_expand(keep, values.ndim), values, 0).reshape(n, -1)
+  size = min(max(_ONE_HOT_ENTRIES // max(num_segments, 1), 1), n)
   chunks = -(-n // size)
   padding = chunks * size - n
   flat = jnp.pad(flat, ((0, padding), (0, 0))).reshape(chunks, size, -1)
@@ -553,16 +563,18 @@ def _max(
 ) -> jax.Array:
   """Segment maximum without gradient; zeros for empty segments."""
   lowest = -jnp.inf
-  kept = jnp.where(_rows(keep, values.ndim), values, lowest)
+  kept = jnp.where(_expand(keep, values.ndim), values, lowest)
   if plan.implementation == 'segment':
     largest = jax.ops.segment_max(
       kept, ids, plan.num_segments, indices_are_sorted=plan.is_sorted
     )
   elif plan.implementation == 'dense':
     slots = _slots(ids, keep, plan)
-    rows = kept.at[slots.index].get(mode='fill', fill_value=lowest)
+    rows = jnp.where(
+      _expand(slots.mask, kept.ndim + 1), take_slots(kept, slots), lowest
+    )
     largest = jnp.max(rows, 1)
-    largest = jnp.where(_rows(slots.overflow, kept.ndim), jnp.nan, largest)
+    largest = jnp.where(_expand(slots.overflow, kept.ndim), jnp.nan, largest)
   else:
     largest = _sorted_max(kept, ids, plan)
   return jnp.where(largest == lowest, 0, largest)
@@ -577,7 +589,7 @@ def _sorted_max(kept: jax.Array, ids: jax.Array, plan: _Plan) -> jax.Array:
   def combine(left, right):
     left_id, left_max = left
     right_id, right_max = right
-    same = _rows(left_id == right_id, left_max.ndim)
+    same = _expand(left_id == right_id, left_max.ndim)
     return right_id, jnp.where(
       same, jnp.maximum(left_max, right_max), right_max
     )
@@ -588,4 +600,4 @@ def _sorted_max(kept: jax.Array, ids: jax.Array, plan: _Plan) -> jax.Array:
   segments = jnp.arange(plan.num_segments, dtype=ids.dtype)
   last = jnp.searchsorted(ids, segments, side='right') - 1
   found = (last >= 0) & (ids[last] == segments)
-  return jnp.where(_rows(found, kept.ndim), running[last], -jnp.inf)
+  return jnp.where(_expand(found, kept.ndim), running[last], -jnp.inf)

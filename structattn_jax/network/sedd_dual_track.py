@@ -339,8 +339,10 @@ class TokenEmbedding(hk.Module):
       jnp.float32,
       hm.initializer('embedding', self.shape[1]),
     )
-    rows = table.at[tokens].get(
-      mode='fill', fill_value=jnp.nan, wrap_negative_indices=False
+    rows = (
+      jnp.asarray(table)
+      .at[tokens]
+      .get(mode='fill', fill_value=jnp.nan, wrap_negative_indices=False)
     )
     return hm.LayerNorm(name='norm')(rows * np.sqrt(self.shape[1]))
 

@@ -20,9 +20,7 @@ OPERATIONS = {
   'max': (segment.segment_max, reference.segment_max),
   'softmax': (segment.segment_softmax, reference.segment_softmax),
 }
-each_implementation = pytest.mark.parametrize(
-  'implementation', IMPLEMENTATIONS
-)
+each_implementation = pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
 each_operation = pytest.mark.parametrize('operation', OPERATIONS)
 
 
@@ -44,9 +42,13 @@ def cases(draw):
   mask = rng.random(n) < 0.7 if draw(st.booleans()) else None
   shape = draw(st.sampled_from([(), (3,), (2, 3)]))
   values = rng.normal(size=(n, *shape))
-  return values, np.sort(ids) if is_sorted else ids, num_segments, mask, {
-    'indices_are_sorted': is_sorted
-  }
+  return (
+    values,
+    np.sort(ids) if is_sorted else ids,
+    num_segments,
+    mask,
+    {'indices_are_sorted': is_sorted},
+  )
 
 
 @each_operation
@@ -157,9 +159,7 @@ def test_operation_vmap_matches_loop(operation, implementation):
   ids = jnp.asarray(rng.integers(0, 5, (3, 11)))
 
   def one(values, ids):
-    return fn(
-      values, ids, 5, implementation=implementation, max_per_segment=11
-    )
+    return fn(values, ids, 5, implementation=implementation, max_per_segment=11)
 
   got = jax.vmap(one)(values, ids)
   want = [one(v, i) for v, i in zip(values, ids, strict=True)]
@@ -301,9 +301,7 @@ def test_one_trace_serves_all_ids_of_a_shape(operation, implementation):
   @jax.jit
   def apply(values, ids):
     traces.append(1)
-    return fn(
-      values, ids, 4, implementation=implementation, max_per_segment=9
-    )
+    return fn(values, ids, 4, implementation=implementation, max_per_segment=9)
 
   for seed in range(3):
     apply(jnp.ones((9, 2)), np.random.default_rng(seed).integers(0, 4, 9))

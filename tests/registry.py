@@ -1,0 +1,349 @@
+"""Every system at toy size, with what each cross-cutting suite must know.
+
+A new system is added here once and is then covered by every test that loops
+over `CASES`: oracle parity, gradients, jit, vmap, scan, remat, padding, bf16,
+tracing, shape errors and the frozen parameter tree.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from structattn_jax import systems
+from structattn_jax.network import atom_cross_attention as aca
+from structattn_jax.network import boltz_encoders as boltz
+from structattn_jax.network import invariant_point_attention as ipa
+from structattn_jax.network import pallatom_atom_transformers as pallatom
+from structattn_jax.network import sedd_dual_track as sedd
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """A system, inputs, and how padding and permutations act on them."""
+
+  name: str
+  system: systems.System
+  # The same computation as a Haiku function, for use inside other models.
+  haiku_function: Callable[..., Any]
+  inputs: Mapping[str, Any]
+  # Arguments of `testing.assert_padding_invariant`: one entry per ragged axis.
+  paddings: tuple[Mapping[str, Any], ...]
+  # Arguments of `testing.assert_permutation_equivariant`, likewise.
+  permutations: tuple[Mapping[str, Any], ...] = ()
+  # The same system with bfloat16 activations, if that is a matter of config.
+  bfloat16_system: systems.System | None = None
+  # Inputs at the edge of the formula: values and gradients must stay finite.
+  degenerate: Mapping[str, Mapping[str, Any]] = dataclasses.field(
+    default_factory=dict
+  )
+
+  def float_inputs(self) -> dict[str, np.ndarray]:
+    """The inputs that carry gradients."""
+    return {
+      name: value
+      for name, value in self.inputs.items()
+      if np.asarray(value).dtype == np.float32
+    }
+
+  @functools.cached_property
+  def params(self) -> dict[str, Any]:
+    """Parameters without any zero left by an initialiser."""
+    init = jax.jit(
+      lambda key, inputs: self.system.transformed.init(key, **inputs)
+    )
+    params = init(jax.random.key(0), dict(self.inputs))
+    rng = np.random.default_rng(0)
+    return jax.tree.map(
+      lambda x: np.asarray(x) + 0.1 * rng.standard_normal(x.shape, np.float32),
+      params,
+    )
+
+  def apply(self, params: Any, inputs: Mapping[str, Any]) -> Any:
+    """The system on a dictionary of inputs, op by op."""
+    return self.system.transformed.apply(params, **inputs)
+
+  @functools.cached_property
+  def jitted(self) -> Callable[..., Any]:
+    """`apply` compiled once for all tests of this case."""
+    return jax.jit(self.apply)
+
+  def loss(self, params: Any, floats: Any, inputs: Mapping[str, Any]) -> Any:
+    """A scalar of all outputs with fixed, generic weights."""
+    return weighted_sum(self.apply(params, {**inputs, **floats}))
+
+  @functools.cached_property
+  def jitted_gradient(self) -> Callable[..., Any]:
+    """Gradients of `loss` with respect to parameters and float inputs."""
+    return jax.jit(jax.grad(self.loss, argnums=(0, 1)))
+
+
+def weighted_sum(outputs: Any) -> Any:
+  """Sum of all entries of a tree with fixed random weights."""
+  rng = np.random.default_rng(7)
+  return sum(
+    (y * rng.standard_normal(y.shape).astype(y.dtype)).sum()
+    for y in jax.tree.leaves(outputs)
+  )
+
+
+def _normal(rng: np.random.Generator, *shape: int) -> np.ndarray:
+  return rng.standard_normal(shape, np.float32)
+
+
+def random_frames(
+  rng: np.random.Generator, n_res: int, spread: float = 3.0
+) -> tuple[np.ndarray, np.ndarray]:
+  """Random rotations and translations in angstrom."""
+  rotation, _ = np.linalg.qr(rng.standard_normal((n_res, 3, 3)))
+  rotation *= np.sign(np.linalg.det(rotation))[:, None, None]
+  return rotation.astype(np.float32), spread * _normal(rng, n_res, 3)
+
+
+def _ipa_case(name: str, options: dict[str, Any], with_pair: bool) -> Case:
+  rng = np.random.default_rng(1)
+  n_res, c_s, c_z = 9, 12, 6
+  rotation, translation = random_frames(rng, n_res)
+  inputs = {
+    'single': _normal(rng, n_res, c_s),
+    'pair': _normal(rng, n_res, n_res, c_z),
+    'rotation': rotation,
+    'translation': translation,
+    'mask': np.arange(n_res) % 4 != 2,
+  }
+  axes = {'single': 0, 'pair': (0, 1), 'rotation': 0, 'translation': 0}
+  if not with_pair:
+    del inputs['pair'], axes['pair']
+    inputs = {**inputs, 'pair': None}
+  axes['mask'] = 0
+  sizes = {
+    'num_head': 3,
+    'num_scalar_qk': 5,
+    'num_scalar_v': 4,
+    'num_point_qk': 2,
+    'num_point_v': 3,
+  }
+  config = ipa.InvariantPointAttentionConfig(**sizes, **options)
+  return Case(
+    name,
+    systems.invariant_point_attention(config),
+    lambda **inputs: ipa.InvariantPointAttention(config)(**inputs),
+    inputs,
+    paddings=(
+      {
+        'axes': axes,
+        'masks': ('mask',),
+        'output_axes': 0,
+        'fill': {'rotation': np.eye(3)},
+      },
+    ),
+    permutations=({'axes': axes, 'output_axes': 0},),
+    degenerate={
+      'all_masked': {'mask': np.zeros(n_res, bool)},
+      'one_real': {'mask': np.arange(n_res) == 3},
+      'coincident_points': {
+        'single': np.zeros((n_res, c_s), np.float32),
+        'translation': np.zeros((n_res, 3), np.float32),
+        'rotation': np.broadcast_to(np.eye(3, dtype=np.float32), (n_res, 3, 3)),
+      },
+    },
+  )
+
+
+# Unsorted, uneven, token 2 and 6 empty.
+_ATOM_TO_TOKEN = np.array([3, 0, 0, 5, 3, 3, 1, 0, 5, 4, 4, 3], np.int32)
+_ATOM_MASK = np.array([1, 1, 1, 0, 1, 1, 1, 0, 0, 1, 1, 1], bool)
+_N_TOKEN = 7
+
+
+def _atom_cross_attention_case(name: str, options: dict[str, Any]) -> Case:
+  rng = np.random.default_rng(2)
+  n_atom, c_atom, c_token = len(_ATOM_TO_TOKEN), 8, 10
+  atom_axes = {'atoms': 0, 'atom_to_token': 0, 'atom_mask': 0}
+  output = aca.AtomCrossAttentionOutput
+  config = aca.AtomCrossAttentionConfig(
+    num_head=3, d_head=4, max_atoms_per_token=6, **options
+  )
+  return Case(
+    name,
+    systems.atom_cross_attention(config),
+    lambda **inputs: aca.atom_cross_attention(config, **inputs),
+    {
+      'atoms': _normal(rng, n_atom, c_atom),
+      'tokens': _normal(rng, _N_TOKEN, c_token),
+      'atom_to_token': _ATOM_TO_TOKEN,
+      'atom_mask': _ATOM_MASK,
+    },
+    paddings=(
+      {
+        'axes': atom_axes,
+        'masks': ('atom_mask',),
+        'output_axes': output(atoms=0, tokens=None),
+      },
+      # Tokens need no mask: a padded token is one without atoms.
+      {
+        'axes': {'tokens': 0},
+        'masks': (),
+        'output_axes': output(atoms=None, tokens=0),
+      },
+    ),
+    permutations=(
+      {'axes': atom_axes, 'output_axes': output(atoms=0, tokens=None)},
+      {
+        'axes': {'tokens': 0},
+        'index_of': ('atom_to_token',),
+        'output_axes': output(atoms=None, tokens=0),
+      },
+    ),
+    degenerate={
+      'all_masked': {'atom_mask': np.zeros(n_atom, bool)},
+      'one_token_has_all': {
+        'atom_to_token': np.full(n_atom, 4, np.int32),
+        'atom_mask': np.arange(n_atom) < 6,
+      },
+      'constant_rows': {'atoms': np.ones((n_atom, c_atom), np.float32)},
+    },
+  )
+
+
+def _token_attention_case() -> Case:
+  rng = np.random.default_rng(3)
+  n_atom, c_atom = len(_ATOM_TO_TOKEN), 8
+  axes = {'atom_features': 0, 'atom_to_token': 0, 'atom_mask': 0}
+  config = boltz.TokenAttentionPoolConfig(
+    num_head=3, d_head=4, max_atoms_per_token=6
+  )
+  return Case(
+    'boltz_token_attention',
+    systems.token_attention_pool(config, _N_TOKEN),
+    lambda **inputs: boltz.TokenAttentionPool(config)(
+      num_tokens=_N_TOKEN, **inputs
+    ),
+    {
+      'atom_features': _normal(rng, n_atom, c_atom),
+      'atom_to_token': _ATOM_TO_TOKEN,
+      'atom_mask': _ATOM_MASK,
+    },
+    paddings=({'axes': axes, 'masks': ('atom_mask',), 'output_axes': None},),
+    permutations=({'axes': axes, 'output_axes': None},),
+    degenerate={
+      'all_masked': {'atom_mask': np.zeros(n_atom, bool)},
+      'constant_rows': {'atom_features': np.ones((n_atom, c_atom), np.float32)},
+    },
+  )
+
+
+def _atom_transformer_case() -> Case:
+  rng = np.random.default_rng(4)
+  tok_idx = np.array([0, 0, 1, 1, 1, 3, 4, 9, 9, 20])
+  neighbours, valid = map(np.asarray, pallatom.build_sparse_pairs(tok_idx, 8))
+  # A chain break beside the window, and one atom without any live slot.
+  valid = valid & ~((tok_idx[:, None] < 2) & (tok_idx[neighbours] >= 2))
+  valid[7] = False
+  n_atom, c_atom, c_pair = len(tok_idx), 8, 4
+  slot_axes = {'p': 1, 'neighbor_idx': 1, 'valid_mask': 1}
+  atom_axes = {'q': 0, 'c': 0, 'p': 0, 'neighbor_idx': 0, 'valid_mask': 0}
+  config = pallatom.AtomTransformerConfig(num_block=2, num_head=2)
+  return Case(
+    'pallatom_atom_transformer',
+    systems.atom_transformer(config),
+    lambda **inputs: pallatom.AtomTransformer(config)(**inputs),
+    {
+      'q': _normal(rng, n_atom, c_atom),
+      'c': _normal(rng, n_atom, c_atom),
+      'p': _normal(rng, *neighbours.shape, c_pair),
+      'neighbor_idx': neighbours,
+      'valid_mask': valid,
+    },
+    paddings=(
+      {'axes': slot_axes, 'masks': ('valid_mask',), 'output_axes': None},
+      {'axes': atom_axes, 'masks': ('valid_mask',), 'output_axes': 0},
+    ),
+    permutations=(
+      {'axes': atom_axes, 'index_of': ('neighbor_idx',), 'output_axes': 0},
+      {'axes': slot_axes, 'output_axes': None},
+    ),
+    degenerate={
+      'all_masked': {'valid_mask': np.zeros_like(valid)},
+      'constant_rows': {
+        'q': np.ones((n_atom, c_atom), np.float32),
+        'c': np.ones((n_atom, c_atom), np.float32),
+        'p': np.zeros((*neighbours.shape, c_pair), np.float32),
+      },
+    },
+  )
+
+
+def _dual_track_case(name: str, variant: str) -> Case:
+  rng = np.random.default_rng(5)
+  n_protein, n_ligand = 8, 5
+  config = sedd.DualTrackConfig(
+    hidden_size=12,
+    num_head=3,
+    num_block=2,
+    cond_dim=6,
+    protein_vocab=11,
+    ligand_vocab=9,
+    variant=variant,
+  )
+  output = sedd.DualTrackOutput
+  return Case(
+    name,
+    systems.dual_track(config),
+    lambda **inputs: sedd.dual_track_states(config, **inputs),
+    {
+      'protein_tokens': rng.integers(0, 11, n_protein).astype(np.int32),
+      'ligand_tokens': rng.integers(0, 9, n_ligand).astype(np.int32),
+      'sigma': np.float32(0.7),
+      'protein_mask': np.arange(n_protein) < 6,
+      'ligand_mask': np.arange(n_ligand) < 4,
+    },
+    paddings=(
+      {
+        'axes': {'protein_tokens': 0, 'protein_mask': 0},
+        'masks': ('protein_mask',),
+        'output_axes': output(protein=0, ligand=None),
+      },
+      {
+        'axes': {'ligand_tokens': 0, 'ligand_mask': 0},
+        'masks': ('ligand_mask',),
+        'output_axes': output(protein=None, ligand=0),
+      },
+    ),
+    bfloat16_system=systems.dual_track(
+      dataclasses.replace(config, bfloat16=True)
+    ),
+    degenerate={
+      'all_masked': {
+        'protein_mask': np.zeros(n_protein, bool),
+        'ligand_mask': np.zeros(n_ligand, bool),
+      },
+      'ligand_masked': {'ligand_mask': np.zeros(n_ligand, bool)},
+      'no_noise': {'sigma': np.float32(0)},
+    },
+  )
+
+
+CASES: dict[str, Case] = {
+  case.name: case
+  for case in (
+    _ipa_case('af2_ipa', {}, with_pair=True),
+    _ipa_case(
+      'af2_ipa_learned_no_pair', {'head_weights': 'learned'}, with_pair=False
+    ),
+    _atom_cross_attention_case('af3_atom_cross_attention', {}),
+    _atom_cross_attention_case(
+      'af3_atom_cross_attention_keys', {'normalise': 'keys'}
+    ),
+    _atom_cross_attention_case(
+      'af3_atom_cross_attention_dense', {'implementation': 'dense'}
+    ),
+    _token_attention_case(),
+    _atom_transformer_case(),
+    _dual_track_case('sedd_dual_track', 'published'),
+    _dual_track_case('sedd_dual_track_seed', 'seed'),
+  )
+}

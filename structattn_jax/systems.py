@@ -123,17 +123,13 @@ def atom_cross_attention(config: aca.AtomCrossAttentionConfig) -> System:
       heads = (config.num_head, config.d_head)
       to_atoms['w_q'] = np.zeros((arguments[0].shape[1], *heads))
       to_atoms['w_k'] = np.zeros((arguments[1].shape[1], *heads))
-    return aca.AtomCrossAttentionOutput(
-      atoms=aca_reference.token_to_atom(
-        *arguments,
-        **to_atoms,
-        normalise=config.normalise,
-        atom_mask=mask,
-      ),
-      tokens=aca_reference.atom_to_token(
-        *arguments, **weights('to_tokens'), atom_mask=mask
-      ),
+    atoms: Any = aca_reference.token_to_atom(
+      *arguments, **to_atoms, normalise=config.normalise, atom_mask=mask
     )
+    tokens: Any = aca_reference.atom_to_token(
+      *arguments, **weights('to_tokens'), atom_mask=mask
+    )
+    return aca.AtomCrossAttentionOutput(atoms=atoms, tokens=tokens)
 
   return System(
     'af3_atom_cross_attention',
@@ -230,7 +226,7 @@ def dual_track(config: sedd_dual_track.DualTrackConfig) -> System:
     condition = sedd_reference.timestep_condition(
       torch_names(params, 'sigma_map'), float(values['sigma'])
     )
-    protein, ligand = sedd_reference.dual_track(
+    states: Any = sedd_reference.dual_track(
       layers('prot'),
       layers('lig'),
       sedd_reference.token_embedding(
@@ -245,7 +241,7 @@ def dual_track(config: sedd_dual_track.DualTrackConfig) -> System:
       num_head=config.num_head,
       variant=config.variant,
     )
-    return sedd_dual_track.DualTrackOutput(protein, ligand)
+    return sedd_dual_track.DualTrackOutput(*states)
 
   return System(
     'sedd_dual_track',

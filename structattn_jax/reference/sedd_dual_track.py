@@ -4,7 +4,7 @@ Parameters carry torch's names (weights [out, in]) without prefixes; `variant`
 'published' is the repaired public code, 'seed' the seed document's own lines.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import erf
 
 import numpy as np
@@ -144,8 +144,8 @@ def ddit_block(
 
 
 def dual_track(
-  protein_params: list[Params],
-  ligand_params: list[Params],
+  protein_params: Sequence[Params],
+  ligand_params: Sequence[Params],
   protein: np.ndarray,
   ligand: np.ndarray,
   condition: np.ndarray,

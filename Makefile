@@ -34,8 +34,9 @@ bench: $(VENV)/.run ## Measure segment pooling against the alternatives.
 	$(BIN)/python -m structattn_jax.benchmark
 
 notebooks: $(VENV)/.notebooks ## Execute the notebooks in place.
-	$(BIN)/jupytext --sync notebooks/*.py
-	$(BIN)/jupyter nbconvert --to notebook --execute --inplace notebooks/*.ipynb
+	$(BIN)/jupytext --quiet --to ipynb notebooks/*.py
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/jupyter nbconvert --to notebook \
+	  --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
 
 clean: ## Remove the environment and everything generated.
 	rm -rf $(VENV) out build dist .pytest_cache .ruff_cache .hypothesis

@@ -70,11 +70,17 @@ def ipa_attention(
   distance = np.linalg.norm(ca[:, None] - ca, axis=-1)
 
   figure, axes = _subplots(1, 3, (13.5, 4.4), width_ratios=(1, 1, 1.05))
-  image = axes[0].imshow(distance, cmap=f'{_MAGNITUDE}_r', vmax=40)
+  image = axes[0].imshow(
+    distance, cmap=f'{_MAGNITUDE}_r', vmax=40, interpolation='nearest'
+  )
   axes[0].set_title('distance between CA atoms')
   _colour_bar(figure, image, axes[0], 'angstrom')
   image = axes[1].imshow(
-    np.log10(attention.mean(0) + 1e-6), cmap=_MAGNITUDE, vmin=-5, vmax=0
+    np.log10(attention.mean(0) + 1e-6),
+    cmap=_MAGNITUDE,
+    vmin=-5,
+    vmax=0,
+    interpolation='nearest',
   )
   axes[1].set_title('IPA attention, mean of heads')
   _colour_bar(figure, image, axes[1], 'log10 weight')
@@ -179,7 +185,9 @@ def sparse_pairs(
   pattern[rows, neighbours[valid]] = True
 
   figure, axes = _subplots(1, 2, (11.5, 5), width_ratios=(1, 1))
-  axes[0].imshow(pattern, cmap=_MAGNITUDE, vmin=0, vmax=1.4)
+  axes[0].imshow(
+    pattern, cmap=_MAGNITUDE, vmin=0, vmax=1.4, interpolation='nearest'
+  )
   axes[0].set_title(f'all atoms: {pattern.mean():.0%} of pairs')
   axes[0].set_ylabel('query atom')
   # The border of two chains, where there is one: the ligand sees no protein.

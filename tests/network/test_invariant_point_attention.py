@@ -1,0 +1,193 @@
+"""What only invariant point attention promises."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import registry
+
+import structattn_jax as sa
+from structattn_jax import data, testing
+
+CASE = registry.CASES['af2_ipa']
+
+
+def of_frames(inputs, params=CASE.params):
+  rest = {k: v for k, v in inputs.items() if k not in FRAMES}
+
+  @jax.jit
+  def apply(rotation, translation):
+    return CASE.apply(
+      params, {**rest, 'rotation': rotation, 'translation': translation}
+    )
+
+  return apply
+
+
+FRAMES = ('rotation', 'translation')
+
+
+@pytest.mark.parametrize(('shift', 'bound'), [(100, 1e-5), (10_000, 1e-3)])
+def test_moving_all_frames_changes_nothing(shift, bound):
+  testing.assert_se3_invariant(
+    of_frames(CASE.inputs),
+    *(CASE.inputs[name] for name in FRAMES),
+    key=jax.random.key(0),
+    shift=shift,
+    tolerance=bound,
+    num_samples=5,
+  )
+
+
+def test_a_frame_that_stays_behind_is_noticed():
+  """Negative control of the test above."""
+  apply = of_frames(CASE.inputs)
+  rotation, translation = (CASE.inputs[name] for name in FRAMES)
+  with pytest.raises(AssertionError, match='assert_se3_invariant'):
+    testing.assert_se3_invariant(
+      lambda r, t: apply(r, jnp.asarray(t).at[0].set(translation[0])),
+      rotation,
+      translation,
+      key=jax.random.key(0),
+    )
+
+
+@pytest.fixture(scope='module')
+def complex_1s3v():
+  structure_path, ligand = data.example('1s3v')
+  return data.featurise(data.load_structure(structure_path, ligand=ligand))
+
+
+@pytest.mark.parametrize(('shift', 'bound'), [(100, 1e-5), (10_000, 1e-3)])
+def test_moving_a_real_protein_changes_nothing(complex_1s3v, shift, bound):
+  protein = data.protein_only(complex_1s3v)
+  n_res = len(protein.mask)
+  rng = np.random.default_rng(0)
+  single = rng.standard_normal((n_res, 32), np.float32)
+  pair = rng.standard_normal((n_res, n_res, 16), np.float32)
+  frames = (protein.rotation, protein.translation)
+  init, apply = sa.transform_ipa(sa.InvariantPointAttentionConfig(num_head=4))
+  params = init(jax.random.key(0), single, pair, *frames)
+  testing.assert_se3_invariant(
+    jax.jit(lambda r, t: apply(params, single, pair, r, t)),
+    *frames,
+    key=jax.random.key(1),
+    shift=shift,
+    tolerance=bound,
+  )
+
+
+def test_accuracy_does_not_depend_on_the_distance_from_the_origin():
+  """Translations are exact in float32 here, so only the algorithm can err."""
+  inputs = dict(CASE.inputs)
+  grid = np.round(inputs['translation'] * 4) / 4
+  for offset in (0.0, 1024.0, 65536.0):
+    inputs['translation'] = (grid + offset).astype(np.float32)
+    got = CASE.jitted(CASE.params, inputs)
+    want = CASE.system.oracle(CASE.params, inputs)
+    assert np.abs(got - want).max() / np.abs(want).max() < 5e-6
+
+
+def test_poses_by_vmap_over_frames_equal_single_calls():
+  rotation, translation = (CASE.inputs[name] for name in FRAMES)
+  factors = np.array([0.5, 1.0, 2.0], np.float32)
+  translations = translation * factors[:, None, None]
+  apply = of_frames(CASE.inputs)
+  got = jax.vmap(apply, in_axes=(None, 0))(rotation, translations)
+  want = np.stack([apply(rotation, t) for t in translations])
+  np.testing.assert_allclose(got, want, atol=2e-6 * np.abs(want).max())
+  assert np.abs(want[0] - want[1]).max() > 1e-3
+
+
+def test_vmap_over_frames_projects_single_and_pair_once():
+  """No product of the jaxpr with weights grows with the number of poses."""
+  rotation, translation = (CASE.inputs[name] for name in FRAMES)
+  poses = np.broadcast_to(translation, (7, *translation.shape))
+  jaxpr = jax.make_jaxpr(jax.vmap(of_frames(CASE.inputs), in_axes=(None, 0)))(
+    rotation, poses
+  )
+  c_s = CASE.inputs['single'].shape[-1]
+  projections = [
+    equation
+    for equation in equations(jaxpr.jaxpr)
+    if equation.primitive.name == 'dot_general'
+    and any(v.aval.shape[:1] == (c_s,) for v in equation.invars)
+  ]
+  assert len(projections) >= 5
+  # The output projection depends on the pose; the five of `single` do not.
+  batched = [e for e in projections if 7 in e.outvars[0].aval.shape]
+  assert not batched
+
+
+def equations(jaxpr):
+  for equation in jaxpr.eqns:
+    yield equation
+    for value in equation.params.values():
+      for inner in value if isinstance(value, (tuple, list)) else [value]:
+        inner = getattr(inner, 'jaxpr', inner)
+        if hasattr(inner, 'eqns'):
+          yield from equations(inner)
+
+
+def test_unit_head_weights_equal_freshly_learned_ones():
+  sizes = {'num_head': 3, 'num_point_qk': 2, 'num_point_v': 3}
+  unit = sa.InvariantPointAttentionConfig(**sizes)
+  learned = dataclasses.replace(unit, head_weights='learned')
+  inputs = dict(CASE.inputs)
+  params = sa.transform_ipa(learned).init(jax.random.key(0), **inputs)
+  got = sa.transform_ipa(learned).apply(params, **inputs)
+  scope = 'invariant_point_attention'
+  weights = params[scope].pop('trainable_point_weights')
+  np.testing.assert_allclose(weights, np.log(np.e - 1), rtol=1e-6)
+  del params[scope]
+  want = sa.transform_ipa(unit).apply(params, **inputs)
+  np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+def test_attention_rows_sum_to_one_over_real_keys():
+  inputs = dict(CASE.inputs)
+  output = CASE.system.transformed.apply(
+    CASE.params, **inputs, return_attention=True
+  )
+  mask = inputs['mask']
+  np.testing.assert_array_equal(output.attention[:, :, ~mask], 0)
+  np.testing.assert_array_equal(output.attention[:, ~mask], 0)
+  np.testing.assert_allclose(output.attention.sum(-1)[:, mask], 1, rtol=1e-6)
+  np.testing.assert_array_equal(output.single, CASE.apply(CASE.params, inputs))
+
+
+def test_no_array_holds_all_point_distances():
+  """The published form makes [n_head, n_res, n_res, n_point] differences."""
+  n_res, n_head, p_qk, p_v = 256, 2, 4, 8
+  config = sa.InvariantPointAttentionConfig(
+    num_head=n_head, num_point_qk=p_qk, num_point_v=p_v, num_scalar_v=2
+  )
+  transformed = sa.transform_ipa(config)
+  inputs = (
+    jnp.zeros((n_res, 8)),
+    None,
+    jnp.zeros((n_res, 3, 3)),
+    jnp.zeros((n_res, 3)),
+  )
+  params = jax.eval_shape(transformed.init, jax.random.key(0), *inputs)
+
+  def loss(params, *inputs):
+    return jnp.sum(transformed.apply(params, *inputs) ** 2)
+
+  jaxpr = jax.make_jaxpr(jax.grad(loss))(params, *inputs)
+  largest = max(
+    int(np.prod(v.aval.shape))
+    for equation in equations(jaxpr.jaxpr)
+    for v in equation.outvars
+  )
+  assert largest <= max(n_head, 3) * n_res * n_res
+
+
+@pytest.mark.parametrize(
+  'field', ['num_head', 'num_scalar_qk', 'num_point_qk', 'num_point_v']
+)
+def test_config_without_channels_is_refused(field):
+  with pytest.raises(ValueError, match=f'{field}: expected at least 1, got 0'):
+    sa.InvariantPointAttentionConfig(**{field: 0})

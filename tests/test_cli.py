@@ -1,0 +1,155 @@
+"""`structattn run` from the outside."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from structattn_jax import cli, data, demo
+
+
+@pytest.fixture(scope='module')
+def small_complex(tmp_path_factory):
+  """40 residues of 1S3V around the ligand, as a PDB file."""
+  path = tmp_path_factory.mktemp('pdb') / 'small.pdb'
+  lines = data.example('1s3v').structure.read_text().splitlines()
+  kept = [
+    line for line in lines if line.startswith('ATOM') and int(line[22:26]) <= 40
+  ]
+  path.write_text('\n'.join([*kept, 'END', '']))
+  return path
+
+
+@pytest.fixture(scope='module')
+def finished(small_complex, tmp_path_factory):
+  """One complete run with JSON output."""
+  out = tmp_path_factory.mktemp('out') / 'figures'
+  ligand = data.example('1s3v').ligand
+  arguments = ['run', str(small_complex), '--ligand', str(ligand)]
+  arguments += ['--out', str(out), '--json']
+  printed = []
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(
+      'builtins.print', lambda *a, **k: printed.append((a, k.get('file')))
+    )
+    status = cli.main(arguments)
+  assert status == 0
+  (text,) = [a[0] for a, file in printed if file is None]
+  return json.loads(text), out
+
+
+def test_run_reports_all_five_systems_within_bounds(finished):
+  report, _ = finished
+  names = [system['name'] for system in report['systems']]
+  assert names == [
+    'af2_ipa',
+    'af3_atom_cross_attention',
+    'boltz_token_attention',
+    'pallatom_atom_transformer',
+    'sedd_dual_track',
+  ]
+  for system in report['systems']:
+    assert 0 < system['oracle_error'] < 1e-5
+    assert system['num_parameters'] > 0
+    assert system['compile_ms'] > 0
+    assert system['run_ms'] > 0
+    assert system['checks']['padding'] < 1e-5
+  assert report['systems'][0]['checks']['SE(3), 100 A'] < 1e-5
+  assert report['protein_residues'] == 40
+  assert report['ligand_tokens'] == 27
+
+
+def test_run_writes_figures_that_are_not_blank(finished):
+  from matplotlib import image
+
+  report, out = finished
+  names = {'ipa_attention', 'cross_attention', 'sparse_pairs', 'window_layout'}
+  assert {file.stem for file in out.iterdir()} == names
+  assert len(report['figures']) == 4
+  for file in out.iterdir():
+    pixels = image.imread(file)
+    assert len(np.unique(pixels.reshape(-1, pixels.shape[-1]), axis=0)) > 50
+
+
+def test_table_shows_every_number(finished):
+  report, _ = finished
+  reports = [demo.Report(**system) for system in report['systems']]
+  text = cli.table(reports)
+  for one in reports:
+    assert one.title in text
+    assert one.algorithm in text
+    assert f'{one.num_parameters:,}' in text
+    assert f'{one.oracle_error:.1e}' in text
+    for name, error in one.checks.items():
+      assert f'{name}: {error:.1e}' in text
+    for name, shape in one.inputs.items():
+      assert f'{name} [{", ".join(map(str, shape))}]' in text
+  assert 'small: ' in cli.describe(report)
+
+
+WATER = (
+  'HETATM    1  O   HOH A   1      11.104   6.134  -6.504  1.00  0.00'
+  '           O  \n'
+)
+
+
+@pytest.mark.parametrize(
+  ('name', 'content', 'message'),
+  [
+    ('gone.pdb', None, 'gone.pdb'),
+    ('empty.pdb', '', 'empty.pdb'),
+    ('garbage.cif', '\x00\x01 no structure', 'garbage.cif'),
+    ('garbage.pdb', 'hello\nworld\n', 'garbage.pdb'),
+    ('water.pdb', WATER, 'water'),
+    ('text.xyz', 'C 0 0 0', 'text.xyz'),
+  ],
+)
+def test_unusable_file_gives_one_line_and_status_2(
+  name, content, message, tmp_path, capsys
+):
+  path = tmp_path / name
+  if content is not None:
+    path.write_text(content)
+  assert cli.main(['run', str(path), '--out', str(tmp_path / 'out')]) == 2
+  captured = capsys.readouterr()
+  (line,) = [
+    line for line in captured.err.splitlines() if not line.startswith('...')
+  ]
+  assert line.startswith('structattn: ')
+  assert message in line
+  assert not captured.out
+  assert not (tmp_path / 'out').exists()
+
+
+def test_trace_of_ca_atoms_only_is_refused(small_complex, tmp_path, capsys):
+  path = tmp_path / 'ca.pdb'
+  lines = small_complex.read_text().splitlines(keepends=True)
+  path.write_text(''.join(x for x in lines if re.match('ATOM.{8} CA ', x)))
+  assert cli.main(['run', str(path)]) == 2
+  assert 'no backbone frames' in capsys.readouterr().err
+
+
+def test_model_out_of_range_is_refused(small_complex, capsys):
+  assert cli.main(['run', str(small_complex), '--model', '7']) == 2
+  assert 'model' in capsys.readouterr().err
+
+
+def test_large_complex_is_cut_and_stays_consistent():
+  path, ligand = data.example('1s3v')
+  features = data.featurise(data.load_structure(path, ligand=ligand))
+  limit = demo.MAX_TOKENS
+  assert demo.crop(features) is features
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(demo, 'MAX_TOKENS', 60)
+    cut = demo.crop(features)
+  assert limit == demo.MAX_TOKENS
+  assert cut.n_token == 60
+  assert int(cut.tokens.is_ligand.sum()) == 15
+  index = cut.atoms.token_index
+  assert np.all(np.diff(index) >= 0)
+  np.testing.assert_array_equal(np.unique(index), np.arange(60))
+  # Every atom still belongs to the residue it came from.
+  np.testing.assert_array_equal(
+    cut.tokens.residue_uid[index], cut.atoms.ref_space_uid
+  )

@@ -15,7 +15,8 @@ Options common to all operations (keyword arguments, `SegmentOptions`):
     concrete. False, the default, is right for any order.
   implementation: how sums over segments are formed. All give the same numbers
     up to the rounding of the order of summation.
-      'segment': XLA scatter-add. The fastest on CPU.
+      'segment': XLA scatter-add, `jax.ops.segment_sum` with the checks and
+        masks of this module. The fastest on CPU.
       'dense': rows are gathered into [n_segment, max_per_segment] slots and
         summed there; neither the operation nor its gradient scatters. For GPUs
         whose float32 scatter-add is a compare-and-swap loop.
@@ -333,7 +334,8 @@ class _Plan(NamedTuple):
   num_segments: int
   max_per_segment: int
   is_sorted: bool
-  all_kept: bool
+  # Sorted even after dropped rows have been sent out of range.
+  stays_sorted: bool
 
 
 class _Segments(NamedTuple):
@@ -394,7 +396,7 @@ def _prepare(
     num_segments,
     max_per_segment or 1,
     indices_are_sorted,
-    known and mask is None,
+    indices_are_sorted and mask is None,
   )
   return _Segments(ids, keep, plan)
 
@@ -437,15 +439,21 @@ def _gather(
   return _transposable_gather(tokens, ids, keep, plan)
 
 
+# Dropped rows are sent out of range, where a scatter drops them and a gather
+# fills with zeros: masking the values instead would copy all of them.
+def _in_range(ids: jax.Array, keep: jax.Array, plan: _Plan) -> jax.Array:
+  return jnp.where(keep, ids, plan.num_segments)
+
+
 @functools.partial(jax.jit, static_argnames='plan')
 def _scatter_sum(
   values: jax.Array, ids: jax.Array, keep: jax.Array, plan: _Plan
 ) -> jax.Array:
   return jax.ops.segment_sum(
-    jnp.where(_expand(keep, values.ndim), values, 0),
-    ids,
+    values,
+    _in_range(ids, keep, plan),
     plan.num_segments,
-    indices_are_sorted=plan.is_sorted,
+    indices_are_sorted=plan.stays_sorted,
   )
 
 
@@ -453,10 +461,9 @@ def _scatter_sum(
 def _plain_gather(
   tokens: jax.Array, ids: jax.Array, keep: jax.Array, plan: _Plan
 ) -> jax.Array:
-  rows = tokens.at[ids].get(
-    indices_are_sorted=plan.is_sorted, mode='promise_in_bounds'
+  return tokens.at[_in_range(ids, keep, plan)].get(
+    indices_are_sorted=plan.stays_sorted, mode='fill', fill_value=0
   )
-  return jnp.where(_expand(keep, rows.ndim), rows, 0)
 
 
 # Sum and gather are each other's transpose. Saying so keeps the scatter that
@@ -509,9 +516,9 @@ def _slots(ids: jax.Array, keep: jax.Array, plan: _Plan) -> Slots:
     empty = jnp.zeros(shape, bool)
     return Slots(empty.astype(jnp.int32), empty, empty[:, 0])
   order = jnp.arange(n, dtype=jnp.int32)
-  if not (plan.is_sorted and plan.all_kept):
-    # Dropped rows sort behind the last segment and take no slot.
-    ids = jnp.where(keep, ids, plan.num_segments)
+  # Dropped rows sort behind the last segment and take no slot.
+  ids = _in_range(ids, keep, plan)
+  if not plan.stays_sorted:
     ids, order = jax.lax.sort_key_val(ids, order, is_stable=True)
   segments = jnp.arange(plan.num_segments, dtype=jnp.int32)
   start = jnp.searchsorted(ids, segments, side='left')
@@ -563,12 +570,16 @@ def _max(
 ) -> jax.Array:
   """Segment maximum without gradient; zeros for empty segments."""
   lowest = -jnp.inf
-  kept = jnp.where(_expand(keep, values.ndim), values, lowest)
   if plan.implementation == 'segment':
     largest = jax.ops.segment_max(
-      kept, ids, plan.num_segments, indices_are_sorted=plan.is_sorted
+      values,
+      _in_range(ids, keep, plan),
+      plan.num_segments,
+      indices_are_sorted=plan.stays_sorted,
     )
-  elif plan.implementation == 'dense':
+    return jnp.where(largest == lowest, 0, largest)
+  kept = jnp.where(_expand(keep, values.ndim), values, lowest)
+  if plan.implementation == 'dense':
     slots = _slots(ids, keep, plan)
     rows = jnp.where(
       _expand(slots.mask, kept.ndim + 1), take_slots(kept, slots), lowest

@@ -1,0 +1,1 @@
+"""Time and memory against published formulations: `make bench`."""

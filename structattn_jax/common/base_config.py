@@ -125,12 +125,13 @@ def _check_type(where: str, value: Any, hint: Any) -> Any:
       return _check_type(where, value, options[0])
     raise TypeError(f'{where}: unions other than `X | None` are not supported')
   if origin is Literal:
-    if value not in options:
-      raise ValueError(
-        f'{where}: expected one of {", ".join(map(repr, options))}, '
-        f'got {value!r}'
-      )
-    return value
+    for option in options:
+      # True == 1 and 1.0 == 1: the type must agree, too.
+      if type(value) is type(option) and value == option:
+        return option
+    raise ValueError(
+      f'{where}: expected one of {", ".join(map(repr, options))}, got {value!r}'
+    )
   if origin is tuple:
     if not isinstance(value, (tuple, list)):
       raise TypeError(f'{where}: expected a list of values, got {value!r}')
@@ -175,7 +176,8 @@ def _toml_lines(config: BaseConfig, prefix: str = '') -> list[str]:
       name = f'{prefix}{field.name}'
       tables += ['', f'[{name}]', *_toml_lines(value, f'{name}.')]
     elif value is not None:
-      lines.append(f'{field.name} = {_toml_value(value)}')
+      where = f'{type(config).__name__}.{field.name}'
+      lines.append(f'{field.name} = {_toml_value(where, value)}')
     elif field.default is not None:
       raise ValueError(
         f'{type(config).__name__}.{field.name}: None cannot be written to '
@@ -184,14 +186,17 @@ def _toml_lines(config: BaseConfig, prefix: str = '') -> list[str]:
   return lines + tables
 
 
-def _toml_value(value: Any) -> str:
+def _toml_value(where: str, value: Any) -> str:
   if isinstance(value, bool):
     return 'true' if value else 'false'
   if isinstance(value, str):
-    # JSON string escapes are a subset of TOML's basic strings.
-    return json.dumps(value)
+    # JSON's escapes are TOML's, but TOML knows no surrogate pairs and wants
+    # DEL escaped.
+    return json.dumps(value, ensure_ascii=False).replace('\x7f', '\\u007f')
   if isinstance(value, float):
     return repr(value)  # 'inf' and 'nan' are TOML floats too.
   if isinstance(value, int):
     return str(value)
-  return '[' + ', '.join(_toml_value(item) for item in value) + ']'
+  if isinstance(value, tuple):
+    return f'[{", ".join(_toml_value(where, item) for item in value)}]'
+  raise ValueError(f'{where}: {value!r} cannot be written to TOML')

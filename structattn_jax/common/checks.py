@@ -42,12 +42,18 @@ def check_shapes(
   Raises:
     ValueError: naming the argument, the expected shape, where each size came
       from, and the shape given.
+    TypeError: on a list or tuple, which has no shape of its own.
   """
   bound = dict(sizes or {})
   origin = dict.fromkeys(bound, 'the config')
   for argument, (array, spec) in arguments.items():
     if array is None:
       continue
+    if isinstance(array, (list, tuple)):
+      raise TypeError(
+        f'{argument}: expected an array, got a {type(array).__name__}; '
+        'convert with `jnp.asarray`'
+      )
     shape = np.shape(array)
     names = spec.split()
     open_ended = bool(names) and names[-1] == '...'
@@ -169,10 +175,10 @@ def validate_rotations(
     (-1, -2), initial=0.0
   )
   if error.size and not error.max() <= tolerance:
-    at = np.unravel_index(np.argmax(error), error.shape)
+    at = list(map(int, np.unravel_index(np.argmax(error), error.shape)))
     raise ValueError(
       f'{name}: expected orthonormal matrices, but '
-      f'{name}{list(map(int, at))} is off by {error.max():.2g}'
+      f'{name}{at or ""} is off by {error.max():.2g}'
     )
   if np.any(np.linalg.det(matrices) < 0):
     raise ValueError(f'{name}: expected rotations, got a reflection (det < 0)')

@@ -86,13 +86,8 @@ def segment_sum(
       not sorted as promised, or on a too small `max_per_segment`.
     TypeError: on a wrong dtype.
   """
-  checks.check_shapes(values=(values, 'n ...'), segment_ids=(segment_ids, 'n'))
-  checks.check_dtypes('floating', values=values)
-  segments = _prepare(segment_ids, num_segments, **options)
-  wide = numerics.at_least_float32(values)
-  return _sum(wide, segments.ids, segments.keep, segments.plan).astype(
-    jnp.result_type(values)
-  )
+  wide, segments = _rows('values', values, segment_ids, num_segments, options)
+  return _sum(wide, segments).astype(jnp.result_type(values))
 
 
 def segment_mean(
@@ -107,13 +102,10 @@ def segment_mean(
 
   Arguments, result and errors as `segment_sum`.
   """
-  checks.check_shapes(values=(values, 'n ...'), segment_ids=(segment_ids, 'n'))
-  checks.check_dtypes('floating', values=values)
-  segments = _prepare(segment_ids, num_segments, **options)
-  wide = numerics.at_least_float32(values)
-  total = _sum(wide, segments.ids, segments.keep, segments.plan)
+  wide, segments = _rows('values', values, segment_ids, num_segments, options)
+  total = _sum(wide, segments)
   ones = jnp.ones(wide.shape[:1], wide.dtype)
-  count = _sum(ones, segments.ids, segments.keep, segments.plan)
+  count = _sum(ones, segments)
   count = _expand(jnp.maximum(count, 1), wide.ndim)
   return (total / count).astype(jnp.result_type(values))
 
@@ -130,21 +122,16 @@ def segment_max(
 
   Arguments, result and errors as `segment_sum`.
   """
-  checks.check_shapes(values=(values, 'n ...'), segment_ids=(segment_ids, 'n'))
-  checks.check_dtypes('floating', values=values)
-  segments = _prepare(segment_ids, num_segments, **options)
-  wide = numerics.at_least_float32(values)
-  largest = _max(
-    jax.lax.stop_gradient(wide), segments.ids, segments.keep, segments.plan
-  )
+  wide, segments = _rows('values', values, segment_ids, num_segments, options)
+  largest = _max(jax.lax.stop_gradient(wide), *segments)
   # The maximum is linear in the rows that attain it; the sum below carries the
   # gradient, and the correction (zero up to rounding) makes the value exact.
   attained = wide == largest[segments.ids]
   attained &= _expand(segments.keep, wide.ndim)
   share = attained.astype(wide.dtype)
-  ties = _sum(share, segments.ids, segments.keep, segments.plan)
+  ties = _sum(share, segments)
   share /= jnp.maximum(ties, 1)[segments.ids]
-  linear = _sum(wide * share, segments.ids, segments.keep, segments.plan)
+  linear = _sum(wide * share, segments)
   linear += jax.lax.stop_gradient(largest - linear)
   return linear.astype(jnp.result_type(values))
 
@@ -172,9 +159,7 @@ def segment_softmax(
     ValueError: as `segment_sum`.
     TypeError: as `segment_sum`.
   """
-  checks.check_shapes(logits=(logits, 'n ...'), segment_ids=(segment_ids, 'n'))
-  checks.check_dtypes('floating', logits=logits)
-  return _softmax(logits, _prepare(segment_ids, num_segments, **options))
+  return _softmax(*_rows('logits', logits, segment_ids, num_segments, options))
 
 
 def segment_attention(
@@ -213,15 +198,10 @@ def segment_attention(
   checks.check_dtypes('floating', query=query, key=key, value=value)
   segments = _prepare(segment_ids, query.shape[0], **options)
   wide = numerics.at_least_float32
-  own_query = _gather(wide(query), segments.ids, segments.keep, segments.plan)
+  own_query = _gather(wide(query), segments)
   logits = jnp.sum(own_query * wide(key), -1) * query.shape[-1] ** -0.5
   weights = _softmax(logits, segments)
-  output = _sum(
-    weights[..., None] * wide(value),
-    segments.ids,
-    segments.keep,
-    segments.plan,
-  )
+  output = _sum(weights[..., None] * wide(value), segments)
   return output.astype(value.dtype), weights
 
 
@@ -254,7 +234,7 @@ def segment_broadcast(
   )
   checks.check_dtypes('floating', tokens=tokens)
   segments = _prepare(segment_ids, tokens.shape[0], **options)
-  return _gather(tokens, segments.ids, segments.keep, segments.plan)
+  return _gather(tokens, segments)
 
 
 def max_segment_size(
@@ -313,7 +293,7 @@ def segment_slots(
   checks.check_shapes(segment_ids=(segment_ids, 'n'))
   options['implementation'] = 'dense'
   segments = _prepare(segment_ids, num_segments, **options)
-  return _slots(segments.ids, segments.keep, segments.plan)
+  return _slots(*segments)
 
 
 def take_slots(rows: jax.Array, slots: Slots) -> jax.Array:
@@ -342,6 +322,22 @@ class _Segments(NamedTuple):
   ids: jax.Array  # [n] int32 in range
   keep: jax.Array  # [n] bool
   plan: _Plan
+
+
+def _rows(
+  name: str,
+  rows: jax.Array,
+  segment_ids: jax.Array,
+  num_segments: int,
+  options: SegmentOptions,
+) -> tuple[jax.Array, _Segments]:
+  """Checks rows [n, ...] called `name` and their ids; rows as float32."""
+  checks.check_shapes(
+    **{name: (rows, 'n ...'), 'segment_ids': (segment_ids, 'n')}
+  )
+  checks.check_dtypes('floating', **{name: rows})
+  segments = _prepare(segment_ids, num_segments, **options)
+  return numerics.at_least_float32(rows), segments
 
 
 def _prepare(
@@ -407,36 +403,26 @@ def _expand(x: jax.Array, ndim: int) -> jax.Array:
 
 
 def _softmax(logits: jax.Array, segments: _Segments) -> jax.Array:
-  ids, keep, plan = segments
-  logits = jnp.where(
-    _expand(keep, logits.ndim), numerics.at_least_float32(logits), 0
-  )
+  ids, keep = segments.ids, _expand(segments.keep, logits.ndim)
+  logits = jnp.where(keep, logits, 0)
   # A constant per segment leaves the softmax unchanged, so no gradient.
-  largest = _max(jax.lax.stop_gradient(logits), ids, keep, plan)
-  unnormalised = jnp.where(
-    _expand(keep, logits.ndim), jnp.exp(logits - largest[ids]), 0
-  )
-  total = _sum(unnormalised, ids, keep, plan)
-  total = jnp.where(total > 0, total, 1)
-  own_total = _gather(total, ids, keep, plan)
-  own_total = jnp.where(_expand(keep, logits.ndim), own_total, 1)
-  return unnormalised / own_total
+  largest = _max(jax.lax.stop_gradient(logits), *segments)
+  unnormalised = jnp.where(keep, jnp.exp(logits - largest[ids]), 0)
+  total = _sum(unnormalised, segments)
+  total = _gather(jnp.where(total > 0, total, 1), segments)
+  return unnormalised / jnp.where(keep, total, 1)
 
 
-def _sum(
-  values: jax.Array, ids: jax.Array, keep: jax.Array, plan: _Plan
-) -> jax.Array:
-  if plan.implementation == 'segment':
-    return _scatter_sum(values, ids, keep, plan)
-  return _transposable_sum(values, ids, keep, plan)
+def _sum(values: jax.Array, segments: _Segments) -> jax.Array:
+  if segments.plan.implementation == 'segment':
+    return _scatter_sum(values, *segments)
+  return _transposable_sum(values, *segments)
 
 
-def _gather(
-  tokens: jax.Array, ids: jax.Array, keep: jax.Array, plan: _Plan
-) -> jax.Array:
-  if plan.implementation == 'segment':
-    return _plain_gather(tokens, ids, keep, plan)
-  return _transposable_gather(tokens, ids, keep, plan)
+def _gather(tokens: jax.Array, segments: _Segments) -> jax.Array:
+  if segments.plan.implementation == 'segment':
+    return _plain_gather(tokens, *segments)
+  return _transposable_gather(tokens, *segments)
 
 
 # Dropped rows are sent out of range, where a scatter drops them and a gather

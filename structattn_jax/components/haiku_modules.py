@@ -54,7 +54,9 @@ def initializer(
     return hk.initializers.RandomNormal(0.02)
   if name == 'torch':
     bound = fan_in**-0.5
-  elif name == 'xavier' and fan_out is not None:
+  elif name == 'xavier':
+    if fan_out is None:
+      raise ValueError("initializer: 'xavier' needs fan_out")
     bound = (6 / (fan_in + fan_out)) ** 0.5
   else:
     raise ValueError(f'initializer: unknown name {name!r}')

@@ -1,0 +1,195 @@
+"""The public names, their documentation, and who may import whom."""
+
+import ast
+import doctest
+import importlib
+import importlib.util
+import inspect
+import os
+import pathlib
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+
+import structattn_jax
+
+PACKAGE = pathlib.Path(structattn_jax.__file__).parent
+SOURCES = {
+  path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text('utf-8'))
+  for path in sorted(PACKAGE.rglob('*.py'))
+}
+
+
+def imports(source: str) -> set[str]:
+  """Full names of all that a module imports, anywhere in it.
+
+  `from a import b` counts as `a` and `a.b`, since b may be a module.
+  """
+  package = '.'.join(['structattn_jax', *source.split('/')[:-1]])
+  names = set()
+  for node in ast.walk(SOURCES[source]):
+    if isinstance(node, ast.Import):
+      names |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom):
+      relative = '.' * node.level + (node.module or '')
+      module = importlib.util.resolve_name(relative, package)
+      names |= {module, *(f'{module}.{alias.name}' for alias in node.names)}
+  return names
+
+
+def within(name: str, package: str) -> bool:
+  return name == package or name.startswith(f'{package}.')
+
+
+def modules() -> list[str]:
+  found = pkgutil.walk_packages([str(PACKAGE)], 'structattn_jax.')
+  # Importing __main__ would run it.
+  names = [m.name for m in found if not m.name.endswith('__main__')]
+  return ['structattn_jax', *names]
+
+
+def test_all_is_sorted_and_exists():
+  names = structattn_jax.__all__
+  assert names == sorted(set(names))
+  for name in names:
+    assert getattr(structattn_jax, name) is not None
+
+
+def test_all_names_exactly_what_is_imported():
+  imported = {
+    alias.asname or alias.name
+    for node in ast.walk(SOURCES['__init__.py'])
+    if isinstance(node, ast.ImportFrom)
+    and within(node.module or '', 'structattn_jax')
+    for alias in node.names
+  }
+  assert imported == set(structattn_jax.__all__)
+
+
+def test_unknown_attribute_raises():
+  with pytest.raises(AttributeError, match="has no attribute 'no_such_name'"):
+    structattn_jax.no_such_name  # noqa: B018
+
+
+@pytest.mark.parametrize('name', structattn_jax.__all__)
+def test_public_name_has_its_own_docstring(name):
+  value = getattr(structattn_jax, name)
+  assert inspect.ismodule(value) or callable(value)
+  # Not inherited, and not the signature that `dataclass` writes.
+  doc = vars(value).get('__doc__') if inspect.isclass(value) else value.__doc__
+  assert doc
+  assert not doc.startswith(f'{name}(')
+  assert doc.splitlines()[0].rstrip()[-1] in '.:'
+
+
+def test_import_leaves_optional_packages_alone():
+  code = (
+    'import sys, structattn_jax as sa; print(*sys.modules, sep="\\n"); '
+    'sa.reference; assert "structattn_jax.reference" in sys.modules'
+  )
+  result = subprocess.run(
+    [sys.executable, '-c', code],
+    capture_output=True,
+    text=True,
+    check=True,
+    cwd=PACKAGE.parent,
+  )
+  loaded = set(result.stdout.split())
+  assert 'structattn_jax.network.sedd_dual_track' in loaded
+  optional = ('biotite', 'rdkit', 'matplotlib', 'torch', 'safetensors')
+  lazy = ('structattn_jax.data', 'structattn_jax.reference')
+  assert not loaded & {*optional, *lazy}
+
+
+def run_docstring_examples() -> None:
+  """Runs all examples, writes their number, and fails if one of them does."""
+  finder, runner = doctest.DocTestFinder(), doctest.DocTestRunner(verbose=False)
+  for name in modules():
+    # Examples use the names of their module, as its reader does.
+    for test in finder.find(importlib.import_module(name)):
+      runner.run(test)
+  sys.stdout.write(f'{runner.tries}\n')
+  sys.exit(runner.failures > 0)
+
+
+def test_docstring_examples_of_all_modules_run():
+  # In a process of its own, where quick compilation cannot leak into others.
+  result = subprocess.run(
+    [sys.executable, __file__],
+    capture_output=True,
+    text=True,
+    cwd=PACKAGE.parent,
+    env={
+      **os.environ,
+      'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
+      'PYTHONPATH': str(PACKAGE.parent),
+    },
+  )
+  assert result.returncode == 0, result.stdout + result.stderr
+  assert int(result.stdout.split()[-1]) >= 40
+
+
+def test_docstring_examples_cover_every_transform():
+  for name in structattn_jax.__all__:
+    if name.startswith('transform_'):
+      assert '>>> ' in getattr(structattn_jax, name).__doc__, name
+
+
+def test_library_does_not_print():
+  allowed = ('cli.py', 'benchmark/')
+  calls = [
+    f'{source}:{node.lineno}'
+    for source, tree in SOURCES.items()
+    if not source.startswith(allowed)
+    for node in ast.walk(tree)
+    if isinstance(node, ast.Call)
+    and isinstance(node.func, ast.Name)
+    and node.func.id == 'print'
+  ]
+  assert not calls
+
+
+def test_reference_imports_only_numpy_and_itself():
+  sources = [name for name in SOURCES if name.startswith('reference/')]
+  assert len(sources) > 5
+  foreign = {
+    name
+    for source in sources
+    for name in imports(source)
+    if name.partition('.')[0] not in {*sys.stdlib_module_names, 'numpy'}
+    and not within(name, 'structattn_jax.reference')
+  }
+  # `from structattn_jax import x` would show up as structattn_jax.x.
+  assert foreign <= {'structattn_jax'}
+
+
+@pytest.mark.parametrize(
+  ('package', 'forbidden'),
+  [
+    ('network/', ('data', 'convert', 'reference', 'systems', 'testing')),
+    ('components/', ('data', 'convert', 'reference', 'network', 'systems')),
+    ('common/', ('data', 'convert', 'components', 'network', 'systems')),
+    ('geometry/', ('data', 'convert', 'components', 'network', 'systems')),
+  ],
+)
+def test_lower_layers_do_not_import_upper_ones(package, forbidden):
+  sources = [name for name in SOURCES if name.startswith(package)]
+  assert len(sources) > 1
+  found = {
+    f'{source} imports {name}'
+    for source in sources
+    for name in imports(source)
+    for layer in forbidden
+    if within(name, f'structattn_jax.{layer}')
+  }
+  assert not found
+
+
+def test_package_is_marked_as_typed():
+  assert (PACKAGE / 'py.typed').is_file()
+
+
+if __name__ == '__main__':
+  run_docstring_examples()

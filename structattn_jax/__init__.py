@@ -55,6 +55,7 @@ from structattn_jax.network.invariant_point_attention import (
   InvariantPointAttention,
   InvariantPointAttentionConfig,
   InvariantPointAttentionOutput,
+  LowRankPair,
   transform_ipa,
 )
 from structattn_jax.network.pallatom_atom_transformers import (
@@ -100,6 +101,7 @@ __all__ = [
   'InvariantPointAttentionOutput',
   'LayerNorm',
   'Linear',
+  'LowRankPair',
   'Rigid',
   'TimestepEmbedder',
   'TokenAttentionPool',

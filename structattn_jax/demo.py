@@ -295,7 +295,7 @@ def _ipa_experiment(
   )
   axes = dict(zip(names, (0, (0, 1), 0, 0, 0), strict=True))
   return Experiment(
-    systems.invariant_point_attention(ipa.InvariantPointAttentionConfig()),
+    systems.invariant_point_attention(ipa.InvariantPointAttentionConfig.seed()),
     dict(zip(names, values, strict=True)),
     frames=('rotation', 'translation'),
     permutation={'axes': axes, 'output_axes': 0},

@@ -69,23 +69,18 @@ def invariant_point_attention(
     else:
       head_weights = np.logaddexp(own['']['trainable_point_weights'], 0)
     values = float64(inputs)
-    n_res = len(values['single'])
     mask = values.get('mask')
-    pair = values.get('pair')
     return ipa_reference.invariant_point_attention(
+      own,
       values['single'],
-      pair,
+      values.get('pair'),
       values['rotation'],
       values['translation'],
-      np.ones(n_res, bool) if mask is None else mask,
-      q_scalar=own['q_scalar']['weights'],
-      k_scalar=own['k_scalar']['weights'],
-      v_scalar=own['v_scalar']['weights'],
-      q_point=own['q_point_local']['weights'],
-      kv_point=own['kv_point_local']['weights'],
-      attention_2d=None if pair is None else own['attention_2d']['weights'],
-      output_projection=own['output_projection']['weights'],
+      np.ones(len(values['single']), bool) if mask is None else mask,
       head_weights=head_weights,
+      parameterisation=config.parameterisation,
+      num_head=config.num_head,
+      num_scalar_qk=config.num_scalar_qk,
       num_point_qk=config.num_point_qk,
     )
 

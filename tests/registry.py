@@ -103,6 +103,13 @@ def random_frames(
   return rotation.astype(np.float32), spread * _normal(rng, n_res, 3)
 
 
+_SEED = {
+  'parameterisation': 'seed',
+  'head_weights': 'unit',
+  'zero_init': False,
+}
+
+
 def _ipa_case(name: str, options: dict[str, Any], with_pair: bool) -> Case:
   rng = np.random.default_rng(1)
   n_res, c_s, c_z = 9, 12, 6
@@ -330,9 +337,21 @@ def _dual_track_case(name: str, variant: str) -> Case:
 CASES: dict[str, Case] = {
   case.name: case
   for case in (
-    _ipa_case('af2_ipa', {}, with_pair=True),
+    _ipa_case('af2_ipa', _SEED, with_pair=True),
     _ipa_case(
-      'af2_ipa_learned_no_pair', {'head_weights': 'learned'}, with_pair=False
+      'af2_ipa_learned_no_pair',
+      {**_SEED, 'head_weights': 'learned'},
+      with_pair=False,
+    ),
+    _ipa_case(
+      'af2_ipa_monomer',
+      {'implementation': 'blocked', 'query_block': 4, 'num_channel': 10},
+      with_pair=True,
+    ),
+    _ipa_case(
+      'af2_ipa_multimer',
+      {'parameterisation': 'multimer', 'implementation': 'dense'},
+      with_pair=True,
     ),
     _atom_cross_attention_case('af3_atom_cross_attention', {}),
     _atom_cross_attention_case(

@@ -423,13 +423,10 @@ def test_padding_invariant_wrong_output_shape_raises():
     )
 
 
-@pytest.mark.parametrize(
-  'mask', [np.ones(6), np.arange(6) > 0], ids=['float', 'not all kept']
-)
-def test_padding_invariant_bad_mask_is_value_error(mask):
-  with pytest.raises(ValueError, match='mask: expected a bool mask, True'):
+def test_padding_invariant_float_mask_is_value_error():
+  with pytest.raises(ValueError, match='mask: expected a bool mask'):
     testing.assert_padding_invariant(
-      attend, {**padded_inputs(), 'mask': mask}, **PADDED
+      attend, {**padded_inputs(), 'mask': np.ones(6)}, **PADDED
     )
 
 

@@ -1,17 +1,19 @@
 """Invariant point attention: attention between residues in 3D.
 
-Jumper et al. (2021) Suppl. Alg. 22, in the form of seed document 003. Mirrors
-alphafold `model/folding.py` `InvariantPointAttention` @ c77e5d2 in structure.
+Jumper et al. (2021) Suppl. Alg. 22. Mirrors alphafold `model/folding.py` and
+`model/folding_multimer.py` `InvariantPointAttention` @ c77e5d2; parameters have
+upstream's names and shapes, so AF2 checkpoints load without renaming.
 
 Shapes: n_res residues; n_head heads; c_s single and c_z pair channels; n_qk
-and n_v scalar channels and p_qk and p_v points per head.
-Units: translations in angstrom (no position scale); frames map local to global
-coordinates, x_global = R x_local + t.
+and n_v scalar channels and p_qk and p_v points per head; rank of a low-rank
+pair. Arrays over pairs are stored query, head, key: [n_res, n_head, n_res].
+Units: translations in any one length unit (released AF2: units of
+`position_scale`, 10 A for the monomer and 20 A for the multimer; the seed: A).
+Frames map local to global coordinates, x_global = R x_local + t.
 
-Differs from released AF2 as the seed does: no biases; separate scalar key and
-value projections; points stored point-major (x, y, z of a point together);
-head weights 1 unless learned. Differs from the seed: weights are parameters;
-rows of masked residues are zero (the seed lets them attend to everything).
+Differs from released AF2: masks are exact. AF2 adds -1e5 to the logits of
+masked pairs, so masked queries attend to everything; here their rows are zero.
+Rows of real residues agree. The seed's form (document 003) is a configuration.
 
 Numerics. The point term is computed in the split-frame form
   -w/2 sum_p |t_i + q'_p - t_j - k'_p|^2,   q' = R_i q_local, k' = R_j k_local
@@ -22,7 +24,8 @@ an accuracy that does not depend on the distance from the origin.
 """
 
 import dataclasses
-from typing import Literal
+import functools
+from typing import Any, Literal, Self
 
 import haiku as hk
 import jax
@@ -31,40 +34,92 @@ import numpy as np
 
 from structattn_jax.common import base_config, checks, numerics
 from structattn_jax.components import haiku_modules as hm
+from structattn_jax.kernels import invariant_point_attention as kernel
 
-# softplus of this is 1: learned head weights start like the seed's.
+Implementation = Literal['dense', 'blocked']
+
+# softplus of this is 1, so that learned head weights start at 1.
 _UNIT_POINT_WEIGHT = float(np.log(np.e - 1.0))
+
+# Query rows per step of 'blocked'. On CPU a block of logits then stays in
+# cache (8 to 32 measure alike); accelerators want more work per step.
+_CPU_BLOCK, _ACCELERATOR_BLOCK = 16, 128
+# Above this many residues accelerators trade speed for memory. Not measured.
+_ACCELERATOR_DENSE_LIMIT = 1024
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InvariantPointAttentionConfig(base_config.BaseConfig):
-  """Sizes and choices of IPA.
+  """Sizes and choices of IPA; the defaults are AF2's monomer.
 
   Attributes:
+    parameterisation: which parameters, biases and feature order: 'monomer' and
+      'multimer' as released, 'seed' as in seed document 003.
     num_head: number of heads.
     num_scalar_qk: scalar query and key channels per head.
     num_scalar_v: scalar value channels per head.
     num_point_qk: query and key points per head.
     num_point_v: value points per head.
-    head_weights: factor of the point term in each head: 'unit' is the seed's
-      constant 1; 'learned' is AF2's softplus of `trainable_point_weights`.
+    num_channel: output channels; None means those of the input.
+    head_weights: factor of the point term in each head: 'learned' is AF2's
+      softplus of `trainable_point_weights`; 'unit' is the seed's constant 1.
+    zero_init: whether a fresh module returns zeros, as AF2's does.
+    implementation: 'dense' holds all logits [n_res, n_head, n_res]; 'blocked'
+      holds those of `query_block` queries at a time and recomputes them in the
+      backward pass (reverse mode only). None chooses: 'blocked' on CPU, where
+      it is faster at every size measured, and for more than 1024 residues on
+      accelerators, else 'dense'. The choice changes rounding only.
+    query_block: queries per step of 'blocked'; None means 16 on CPU, 128 on
+      accelerators. Need not divide the number of residues.
   """
 
+  parameterisation: Literal['monomer', 'multimer', 'seed'] = 'monomer'
   num_head: int = 12
   num_scalar_qk: int = 16
   num_scalar_v: int = 16
   num_point_qk: int = 4
   num_point_v: int = 8
-  head_weights: Literal['unit', 'learned'] = 'unit'
+  num_channel: int | None = None
+  head_weights: Literal['learned', 'unit'] = 'learned'
+  zero_init: bool = True
+  implementation: Implementation | None = None
+  query_block: int | None = None
 
   def __post_init__(self) -> None:
     super().__post_init__()
-    for field in ('num_head', 'num_scalar_qk', 'num_point_qk', 'num_point_v'):
-      if getattr(self, field) < 1:
+    for field in dataclasses.fields(self):
+      value = getattr(self, field.name)
+      if isinstance(value, int) and not isinstance(value, bool) and value < 1:
         raise ValueError(
-          f'{type(self).__name__}.{field}: expected at least 1, got '
-          f'{getattr(self, field)}'
+          f'{type(self).__name__}.{field.name}: expected at least 1, got '
+          f'{value}'
         )
+
+  @classmethod
+  def seed(cls, **options: Any) -> Self:
+    """The seed document's form: no biases, unit head weights."""
+    chosen: dict[str, Any] = {
+      'parameterisation': 'seed',
+      'head_weights': 'unit',
+      'zero_init': False,
+    }
+    return cls(**{**chosen, **options})
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LowRankPair:
+  """A pair representation in factors: z_ijc = sum_r query_irc key_jrc.
+
+  FlashIPA's idea: nothing of size n_res x n_res x c_z is needed.
+
+  Attributes:
+    query: [n_res, rank, c_z] float.
+    key: [n_res, rank, c_z] float.
+  """
+
+  query: jax.Array
+  key: jax.Array
 
 
 @jax.tree_util.register_dataclass
@@ -73,12 +128,15 @@ class InvariantPointAttentionOutput:
   """Result with intermediates, returned for `return_attention=True`.
 
   Attributes:
-    single: [n_res, c_s] update of the single representation.
+    single: [n_res, num_channel] update of the single representation.
     attention: [n_head, n_res, n_res] float32 weights, query then key.
+    features: [n_res, n_head * (n_v + 4 p_v + c_z)] input of the output
+      projection.
   """
 
   single: jax.Array
   attention: jax.Array
+  features: jax.Array
 
 
 class InvariantPointAttention(hk.Module):
@@ -88,16 +146,22 @@ class InvariantPointAttention(hk.Module):
           - w_h/2 sum_p |R_i q_ihp + t_i - R_j k_jhp - t_j|^2
           + sqrt(1/3) (z_ij W_b)_h,       w_h = sqrt(2/(27 p_qk)) head weight
     a     = softmax over real j of l
-    out_i = concat(sum_j a v_jh, o_ihp, |o_ihp|, sum_j a z_ij) W_out
+    out_i = concat(sum_j a v_jh, o_ihp, |o_ihp|, sum_j a z_ij) W_out + b_out
     o_ihp = R_i^T (sum_j a (R_j v_jhp + t_j) - t_i)
 
   The output is invariant to one rotation and translation of all frames.
 
-  Parameters: `weights` of `q_scalar`, `k_scalar`, `v_scalar` [c_s, n_head *
-  channels], `q_point_local` [c_s, n_head * p_qk * 3], `kv_point_local` [c_s,
-  n_head * (p_qk + p_v) * 3] (key points first), `attention_2d` [c_z, n_head],
-  `output_projection` [n_head * (n_v + 4 p_v + c_z), c_s]; and
-  `trainable_point_weights` [n_head] if the head weights are learned.
+  Parameters (`weights` and `bias` unless noted):
+    monomer: `q_scalar`, `kv_scalar` (per head keys then values),
+      `q_point_local`, `kv_point_local` (all x, then y, then z).
+    multimer: `q_scalar_projection`, `k_scalar_projection`,
+      `v_scalar_projection` (no bias), `q_point_projection/point_projection` and
+      likewise k and v (per head all x, then y, then z).
+    seed: `q_scalar`, `k_scalar`, `v_scalar`, `q_point_local`, `kv_point_local`
+      (per head points then x, y, z), no biases anywhere.
+    all: `attention_2d` [c_z, n_head], whose bias adds the same to all keys and
+      so has no effect; `output_projection`; `trainable_point_weights` [n_head]
+      if the head weights are learned.
   """
 
   def __init__(
@@ -112,175 +176,303 @@ class InvariantPointAttention(hk.Module):
   def __call__(
     self,
     single: jax.Array,
-    pair: jax.Array | None,
+    pair: jax.Array | LowRankPair | None,
     rotation: jax.Array,
     translation: jax.Array,
     mask: jax.Array | None = None,
     *,
+    pair_bias: jax.Array | None = None,
     return_attention: bool = False,
   ) -> jax.Array | InvariantPointAttentionOutput:
     """Returns the update of the single representation.
 
     Args:
       single: [n_res, c_s] float.
-      pair: [n_res, n_res, c_z] float, query residue first; None leaves out the
-        pair bias and the pair values.
+      pair: [n_res, n_res, c_z] float, query residue first, or `LowRankPair`;
+        None leaves out the pair bias and the pair values.
       rotation: [n_res, 3, 3] float, orthonormal, acting on column vectors.
-      translation: [n_res, 3] float, angstrom.
+      translation: [n_res, 3] float, any length unit.
       mask: [n_res] bool, True = real residue; None means all real.
-      return_attention: whether to return the attention weights too.
+      pair_bias: [n_res, n_head, n_res] from the method `pair_bias`, to be used
+        instead of projecting `pair` again.
+      return_attention: whether to return intermediates too (dense).
 
     Returns:
-      [n_res, c_s] in the dtype of `single`, zero for masked residues; or an
-      `InvariantPointAttentionOutput`.
+      [n_res, num_channel] in the dtype of `single`, zero for masked residues;
+      or an `InvariantPointAttentionOutput`.
 
     Raises:
       ValueError: on a wrong shape.
       TypeError: on a wrong dtype.
     """
-    dims = checks.check_shapes(
+    config = self.config
+    if isinstance(pair, LowRankPair):
+      full_pair, factors = None, (pair.query, pair.key)
+    else:
+      full_pair, factors = pair, (None, None)
+    n_res = checks.check_shapes(
+      {'n_head': config.num_head},
       single=(single, 'n_res c_s'),
-      pair=(pair, 'n_res n_res c_z'),
+      pair=(full_pair, 'n_res n_res c_z'),
+      **{
+        'pair.query': (factors[0], 'n_res rank c_z'),
+        'pair.key': (factors[1], 'n_res rank c_z'),
+      },
       rotation=(rotation, 'n_res 3 3'),
       translation=(translation, 'n_res 3'),
       mask=(mask, 'n_res'),
-    )
+      pair_bias=(pair_bias, 'n_res n_head n_res'),
+    )['n_res']
     checks.check_dtypes(
       'floating',
       single=single,
-      pair=pair,
+      pair=full_pair,
+      **{'pair.query': factors[0], 'pair.key': factors[1]},
       rotation=rotation,
       translation=translation,
+      pair_bias=pair_bias,
     )
     checks.check_dtypes('bool', mask=mask)
-    config, n_res = self.config, dims['n_res']
-    n_head, p_qk = config.num_head, config.num_point_qk
     if mask is None:
       mask = jnp.ones(n_res, bool)
+    mask = jnp.asarray(mask)
     rotation = numerics.at_least_float32(rotation)
     translation = _centre(numerics.at_least_float32(translation), mask)
 
     # Lines 1-3: scalar and point queries, keys and values.
-    def project(name: str, *shape: int, **options) -> jax.Array:
-      linear = hm.Linear(
-        n_head * int(np.prod(shape)), use_bias=False, name=name, **options
-      )
-      y = linear(single).reshape(n_res, n_head, *shape)
-      return numerics.at_least_float32(y)
-
-    q = project('q_scalar', config.num_scalar_qk)
-    k = project('k_scalar', config.num_scalar_qk)
-    v = project('v_scalar', config.num_scalar_v)
-    # Coordinates must not pass through TF32 or bfloat16 matrix units.
-    q_point = project('q_point_local', p_qk, 3, precision='highest')
-    kv_point = project(
-      'kv_point_local', p_qk + config.num_point_v, 3, precision='highest'
-    )
-    q_point = _rotate(rotation, q_point)
-    kv_point = _rotate(rotation, kv_point)
-    k_point, v_point = kv_point[:, :, :p_qk], kv_point[:, :, p_qk:]
+    scalars, points = self._project(single)
+    q_point, k_point, v_point = (_rotate(rotation, p) for p in points)
     v_point = v_point + translation[:, None, None]
 
-    # Lines 7-8: logits and attention weights.
-    logits = self._logits(q, k, q_point, k_point, translation)
-    if pair is not None:
-      bias = hm.Linear(n_head, use_bias=False, name='attention_2d')(pair)
-      bias = numerics.at_least_float32(jnp.moveaxis(bias, -1, 0))
-      logits += np.sqrt(1 / 3) * bias
-    attention = numerics.masked_softmax(logits, mask[:, None] & mask)
-
-    # Lines 9-10: scalars and points in one product.
-    values = jnp.concatenate([v, v_point.reshape(n_res, n_head, -1)], -1)
-    result = jnp.einsum('hqk,khc->qhc', attention, values, precision='highest')
-    result_scalar = result[..., : config.num_scalar_v]
-    result_point = result[..., config.num_scalar_v :]
-    result_point = result_point.reshape(n_res, n_head, -1, 3)
+    # Lines 7-10: attention over whole rows of keys.
+    rows, context = self._queries_and_keys(
+      scalars, (q_point, k_point, v_point), translation, mask
+    )
+    rows, context = self._add_pair(rows, context, pair, pair_bias)
+    if return_attention:
+      result, weights = kernel.attend(rows, context)
+    else:
+      result, weights = _attention(config, n_res)(rows, context), None
+    result_point = result.values[..., config.num_scalar_v :]
+    result_point = result_point.reshape(n_res, config.num_head, -1, 3)
     result_point = _rotate(
       jnp.swapaxes(rotation, -1, -2),
       result_point - translation[:, None, None],
     )
-    features = [
-      result_scalar,
-      result_point,
-      numerics.safe_norm(result_point),  # Line 11.
-    ]
-    if pair is not None:
-      features.append(
-        jnp.einsum('hqk,qkc->qhc', attention.astype(pair.dtype), pair)
-      )
+
+    # Line 11.
+    features = self._features(
+      result.values[..., : config.num_scalar_v], result_point
+    )
+    if isinstance(pair, LowRankPair) and result.pair is not None:
+      shape = (n_res, config.num_head, *pair.query.shape[1:])
+      by_rank = result.pair.reshape(shape)
+      features.append(jnp.einsum('ihrc,irc->ihc', by_rank, pair.query))
+    elif result.pair is not None:
+      features.append(result.pair)
     features = jnp.concatenate(
       [x.reshape(n_res, -1).astype(single.dtype) for x in features], -1
     )
-    output = hm.Linear(dims['c_s'], use_bias=False, name='output_projection')(
-      features
-    )
+    output = hm.Linear(
+      config.num_channel or single.shape[-1],
+      initializer='zeros' if config.zero_init else 'linear',
+      use_bias=config.parameterisation != 'seed',
+      name='output_projection',
+    )(features)
     output = jnp.where(mask[:, None], output, 0)
-    if return_attention:
-      return InvariantPointAttentionOutput(output, attention)
+    if weights is not None:
+      return InvariantPointAttentionOutput(
+        output, jnp.swapaxes(weights, 0, 1), features
+      )
     return output
 
-  def _logits(
-    self,
-    q: jax.Array,
-    k: jax.Array,
-    q_point: jax.Array,
-    k_point: jax.Array,
-    translation: jax.Array,
-  ) -> jax.Array:
-    """Scalar and point logits [n_head, n_res, n_res], up to row constants."""
+  @hk.name_like('__call__')
+  def pair_bias(self, pair: jax.Array) -> jax.Array:
+    """Pair term of the logits, to be shared by calls with the same pair.
+
+    Args:
+      pair: [n_res, n_res, c_z] float.
+
+    Returns:
+      [n_res, n_head, n_res] float32: query residue, head, key residue.
+    """
+    checks.check_shapes(pair=(pair, 'n_res n_res c_z'))
+    weights = self._pair_weights(pair.shape[-1], pair.dtype)
+    weights = jnp.broadcast_to(weights, (pair.shape[0], *weights.shape))
+    return kernel.pair_logits(weights, pair)
+
+  @hk.transparent
+  def _project(self, single: jax.Array) -> tuple[tuple, tuple]:
+    """Queries, keys, values: [n_res, n_head, c] and [n_res, n_head, p, 3]."""
     config = self.config
+    n_res, n_head = single.shape[0], config.num_head
+    n_qk, n_v = config.num_scalar_qk, config.num_scalar_v
+    p_qk, p_v = config.num_point_qk, config.num_point_v
+
+    def linear(name: str, *shape: int, **options: Any) -> jax.Array:
+      y = hm.Linear(shape, name=name, **options)(single)
+      return numerics.at_least_float32(y)
+
+    def points(name: str, *shape: int, use_bias: bool = True) -> jax.Array:
+      # Coordinates must not pass through TF32 or bfloat16 matrix units.
+      wide = numerics.at_least_float32(single)
+      return hm.Linear(
+        shape, use_bias=use_bias, precision='highest', name=name
+      )(wide)
+
+    if config.parameterisation == 'monomer':
+      q = linear('q_scalar', n_head * n_qk).reshape(n_res, n_head, n_qk)
+      kv = linear('kv_scalar', n_head * (n_qk + n_v))
+      k, v = jnp.split(kv.reshape(n_res, n_head, -1), [n_qk], -1)
+
+      def by_coordinate(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x.reshape(n_res, 3, n_head, -1), 1, -1)
+
+      q_point = by_coordinate(points('q_point_local', n_head * 3 * p_qk))
+      kv_point = points('kv_point_local', n_head * 3 * (p_qk + p_v))
+      k_point, v_point = jnp.split(by_coordinate(kv_point), [p_qk], 2)
+    elif config.parameterisation == 'multimer':
+      q, k, v = (
+        linear(f'{x}_scalar_projection', n_head, size, use_bias=False)
+        for x, size in (('q', n_qk), ('k', n_qk), ('v', n_v))
+      )
+      q_point, k_point, v_point = (
+        _PointProjection(n_head, size, name=f'{x}_point_projection')(single)
+        for x, size in (('q', p_qk), ('k', p_qk), ('v', p_v))
+      )
+    else:
+      q, k, v = (
+        linear(f'{x}_scalar', n_head * size, use_bias=False).reshape(
+          n_res, n_head, size
+        )
+        for x, size in (('q', n_qk), ('k', n_qk), ('v', n_v))
+      )
+      q_point, kv_point = (
+        points(name, n_head * size * 3, use_bias=False).reshape(
+          n_res, n_head, size, 3
+        )
+        for name, size in (
+          ('q_point_local', p_qk),
+          ('kv_point_local', p_qk + p_v),
+        )
+      )
+      k_point, v_point = jnp.split(kv_point, [p_qk], 2)
+    return (q, k, v), (q_point, k_point, v_point)
+
+  def _queries_and_keys(
+    self, scalars: tuple, points: tuple, translation: jax.Array, mask: jax.Array
+  ) -> tuple[kernel.Rows, kernel.Context]:
+    """Features whose products are the logits, up to row constants."""
+    q, k, v = scalars
+    q_point, k_point, v_point = points
     n_res, n_head, p_qk, _ = q_point.shape
-    # Each scalar product of unit normals has variance n_qk, each squared
+    # A scalar product of unit normals has variance n_qk, half a squared
     # distance of unit-normal points 9/2 per point: both become 1/3.
-    scalar_weight = np.sqrt(1 / (3 * config.num_scalar_qk))
-    point_weight = np.sqrt(1 / (3 * p_qk * 9 / 2)) * self._head_weights(q)
+    scalar_weight = np.sqrt(1 / (3 * self.config.num_scalar_qk))
+    point_weight = np.sqrt(1 / (3 * p_qk * 9 / 2)) * self._head_weights(q.dtype)
 
     def per_head(x: jax.Array) -> jax.Array:
       return jnp.broadcast_to(x[:, None], (n_res, n_head, x.shape[-1]))
 
     weight = point_weight[:, None]
     k_sum = jnp.sum(k_point, 2)
-    k_constant = -0.5 * jnp.sum(jnp.square(k_point), (-1, -2), keepdims=True)
-    k_constant = k_constant[..., 0] - jnp.sum(
-      translation[:, None] * k_sum, -1, keepdims=True
+    k_constant = -0.5 * jnp.sum(jnp.square(k_point), (-1, -2))
+    k_constant -= jnp.sum(translation[:, None] * k_sum, -1)
+    queries = [
+      scalar_weight * q,
+      weight * q_point.reshape(n_res, n_head, -1),
+      weight * jnp.sum(q_point, 2),
+      weight * per_head(translation),
+      weight * jnp.ones((n_res, n_head, 1), q.dtype),
+    ]
+    keys = [
+      k,
+      k_point.reshape(n_res, n_head, -1),
+      per_head(translation),
+      k_sum,
+      k_constant[..., None],
+    ]
+    values = [v, v_point.reshape(n_res, n_head, -1)]
+    return (
+      kernel.Rows(
+        jnp.concatenate(queries, -1), translation, mask, None, None, None
+      ),
+      kernel.Context(
+        jnp.transpose(jnp.concatenate(keys, -1), (1, 2, 0)),
+        jnp.transpose(jnp.concatenate(values, -1), (1, 0, 2)),
+        translation,
+        mask,
+        0.5 * p_qk * point_weight,
+      ),
     )
-    queries = jnp.concatenate(
-      [
-        scalar_weight * q,
-        weight * q_point.reshape(n_res, n_head, -1),
-        weight * jnp.sum(q_point, 2),
-        weight * per_head(translation),
-        weight * jnp.ones((n_res, n_head, 1), q.dtype),
-      ],
-      -1,
-    )
-    keys = jnp.concatenate(
-      [
-        k,
-        k_point.reshape(n_res, n_head, -1),
-        per_head(translation),
-        k_sum,
-        k_constant,
-      ],
-      -1,
-    )
-    difference = translation[:, None] - translation
-    squared = jnp.sum(jnp.square(difference), -1)
-    logits = jnp.einsum('qhc,khc->hqk', queries, keys, precision='highest')
-    return logits - 0.5 * p_qk * point_weight[:, None, None] * squared
 
-  def _head_weights(self, q: jax.Array) -> jax.Array:
+  @hk.transparent
+  def _add_pair(
+    self,
+    rows: kernel.Rows,
+    context: kernel.Context,
+    pair: jax.Array | LowRankPair | None,
+    pair_bias: jax.Array | None,
+  ) -> tuple[kernel.Rows, kernel.Context]:
+    """Adds what the pair contributes to logits and values."""
+    if pair_bias is not None:
+      rows = rows._replace(bias=pair_bias)
+    if isinstance(pair, LowRankPair):
+      n_res, _, c_z = pair.key.shape
+      shared = pair.key.reshape(n_res, -1)
+      weights = self._pair_weights(c_z, pair.query.dtype)
+      queries = jnp.einsum('irc,hc->ihrc', pair.query, weights)
+      if pair_bias is None:
+        queries = queries.reshape(n_res, self.config.num_head, -1)
+        rows = rows._replace(pair_queries=queries)
+      return rows, context._replace(shared_pair=shared)
+    if pair is not None:
+      weights = self._pair_weights(pair.shape[-1], pair.dtype)
+      if pair_bias is None:
+        rows = rows._replace(
+          pair_queries=jnp.broadcast_to(
+            weights, (pair.shape[0], *weights.shape)
+          )
+        )
+      rows = rows._replace(pair=pair)
+    return rows, context
+
+  @hk.transparent
+  def _pair_weights(self, c_z: int, dtype: Any) -> jax.Array:
+    """`attention_2d` with the factor of the logits: [n_head, c_z]."""
+    n_head = self.config.num_head
+    wide = jnp.promote_types(dtype, jnp.float32)
+    module = _Parameters(
+      (c_z, n_head),
+      wide,
+      use_bias=self.config.parameterisation != 'seed',
+      name='attention_2d',
+    )
+    return (np.sqrt(1 / 3) * module().T).astype(dtype)
+
+  def _head_weights(self, dtype: Any) -> jax.Array:
     n_head = self.config.num_head
     if self.config.head_weights == 'unit':
-      return jnp.ones(n_head, q.dtype)
+      return jnp.ones(n_head, dtype)
     return jax.nn.softplus(
       hk.get_parameter(
         'trainable_point_weights',
         (n_head,),
-        q.dtype,
+        dtype,
         hk.initializers.Constant(_UNIT_POINT_WEIGHT),
       )
     )
+
+  def _features(self, scalar: jax.Array, point: jax.Array) -> list[jax.Array]:
+    """Scalars, local points and their norms in the order of the weights."""
+    if self.config.parameterisation == 'multimer':
+      squared = jnp.sum(jnp.square(point), -1)
+      norm = jnp.sqrt(jnp.maximum(squared, 1e-16))
+    else:
+      norm = numerics.safe_norm(point, epsilon=1e-8)
+    if self.config.parameterisation == 'seed':
+      return [scalar, point, norm]
+    return [scalar, *jnp.moveaxis(point, -1, 0), norm]
 
 
 def transform_ipa(
@@ -301,17 +493,23 @@ def transform_ipa(
     >>> poses = jax.vmap(apply, in_axes=(None, None, None, 0, 0))
 
   Args:
-    config: sizes; None takes AF2's with the seed's unit head weights.
+    config: sizes; None takes AF2's monomer.
 
   Returns:
     `init(key, single, pair, rotation, translation, mask=None)` and
-    `apply(params, ...)` with the same arguments and `return_attention=False`;
-    shapes as in `InvariantPointAttention`.
+    `apply(params, ...)` with the same arguments and `pair_bias=None,
+    return_attention=False`; shapes as in `InvariantPointAttention`.
   """
   config = config or InvariantPointAttentionConfig()
 
   def forward(
-    single, pair, rotation, translation, mask=None, return_attention=False
+    single,
+    pair,
+    rotation,
+    translation,
+    mask=None,
+    pair_bias=None,
+    return_attention=False,
   ):
     return InvariantPointAttention(config)(
       single,
@@ -319,10 +517,42 @@ def transform_ipa(
       rotation,
       translation,
       mask,
+      pair_bias=pair_bias,
       return_attention=return_attention,
     )
 
   return hk.without_apply_rng(hk.transform(forward))
+
+
+class _PointProjection(hk.Module):
+  """The multimer's points: [n_res, n_head, num_points, 3], per head x, y, z."""
+
+  def __init__(self, n_head: int, num_points: int, *, name: str):
+    super().__init__(name=name)
+    self.shape = (n_head, 3 * num_points)
+
+  def __call__(self, single: jax.Array) -> jax.Array:
+    points = hm.Linear(
+      self.shape, precision='highest', name='point_projection'
+    )(numerics.at_least_float32(single))
+    points = points.reshape(*points.shape[:2], 3, -1)
+    return jnp.swapaxes(points, -1, -2)
+
+
+class _Parameters(hk.Module):
+  """The parameters of a `Linear` whose product is formed elsewhere."""
+
+  def __init__(
+    self, shape: tuple[int, int], dtype: Any, *, use_bias: bool, name: str
+  ):
+    super().__init__(name=name)
+    self.shape, self.dtype, self.use_bias = shape, dtype, use_bias
+
+  def __call__(self) -> jax.Array:
+    if self.use_bias:  # Part of every checkpoint, though without effect.
+      hk.get_parameter('bias', self.shape[1:], self.dtype, jnp.zeros)
+    init = hm.initializer('linear', self.shape[0])
+    return hk.get_parameter('weights', self.shape, self.dtype, init)
 
 
 def _centre(translation: jax.Array, mask: jax.Array) -> jax.Array:
@@ -343,3 +573,16 @@ def _centre(translation: jax.Array, mask: jax.Array) -> jax.Array:
 def _rotate(rotation: jax.Array, points: jax.Array) -> jax.Array:
   """Rotates [n_res, n_head, p, 3] by [n_res, 3, 3], without matrix units."""
   return jnp.sum(rotation[:, None, None] * points[..., None, :], -1)
+
+
+def _attention(config: InvariantPointAttentionConfig, n_res: int) -> Any:
+  """The implementation that the config or the device asks for."""
+  on_cpu = jax.default_backend() == 'cpu'
+  chosen = config.implementation
+  if chosen is None:
+    small = not on_cpu and n_res <= _ACCELERATOR_DENSE_LIMIT
+    chosen = 'dense' if small else 'blocked'
+  if chosen == 'dense' or not n_res:
+    return lambda rows, context: kernel.attend(rows, context)[0]
+  block = config.query_block or (_CPU_BLOCK if on_cpu else _ACCELERATOR_BLOCK)
+  return functools.partial(kernel.blocked_attend, min(block, n_res))

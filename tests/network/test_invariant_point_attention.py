@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,7 +69,9 @@ def test_moving_a_real_protein_changes_nothing(complex_1s3v, shift, bound):
   single = rng.standard_normal((n_res, 32), np.float32)
   pair = rng.standard_normal((n_res, n_res, 16), np.float32)
   frames = (protein.rotation, protein.translation)
-  init, apply = sa.transform_ipa(sa.InvariantPointAttentionConfig(num_head=4))
+  init, apply = sa.transform_ipa(
+    sa.InvariantPointAttentionConfig.seed(num_head=4)
+  )
   params = init(jax.random.key(0), single, pair, *frames)
   testing.assert_se3_invariant(
     jax.jit(lambda r, t: apply(params, single, pair, r, t)),
@@ -133,7 +136,7 @@ def equations(jaxpr):
 
 def test_unit_head_weights_equal_freshly_learned_ones():
   sizes = {'num_head': 3, 'num_point_qk': 2, 'num_point_v': 3}
-  unit = sa.InvariantPointAttentionConfig(**sizes)
+  unit = sa.InvariantPointAttentionConfig.seed(**sizes)
   learned = dataclasses.replace(unit, head_weights='learned')
   inputs = dict(CASE.inputs)
   params = sa.transform_ipa(learned).init(jax.random.key(0), **inputs)
@@ -155,13 +158,14 @@ def test_attention_rows_sum_to_one_over_real_keys():
   np.testing.assert_array_equal(output.attention[:, :, ~mask], 0)
   np.testing.assert_array_equal(output.attention[:, ~mask], 0)
   np.testing.assert_allclose(output.attention.sum(-1)[:, mask], 1, rtol=1e-6)
-  np.testing.assert_array_equal(output.single, CASE.apply(CASE.params, inputs))
+  want = CASE.apply(CASE.params, inputs)
+  np.testing.assert_allclose(output.single, want, atol=1e-5)
 
 
 def test_no_array_holds_all_point_distances():
   """The published form makes [n_head, n_res, n_res, n_point] differences."""
   n_res, n_head, p_qk, p_v = 256, 2, 4, 8
-  config = sa.InvariantPointAttentionConfig(
+  config = sa.InvariantPointAttentionConfig.seed(
     num_head=n_head, num_point_qk=p_qk, num_point_v=p_v, num_scalar_v=2
   )
   transformed = sa.transform_ipa(config)
@@ -183,6 +187,173 @@ def test_no_array_holds_all_point_distances():
     for v in equation.outvars
   )
   assert largest <= max(n_head, 3) * n_res * n_res
+
+
+def low_rank(rng, n_res, rank, c_z):
+  return sa.LowRankPair(
+    *rng.standard_normal((2, n_res, rank, c_z)).astype(np.float32)
+  )
+
+
+def multiplied_out(pair):
+  return jnp.einsum('irc,jrc->ijc', pair.query, pair.key)
+
+
+def variants():
+  """Pair inputs with their form as one array, and masks."""
+  rng = np.random.default_rng(3)
+  n_res = 13
+  rotation, translation = registry.random_frames(rng, n_res)
+  full = rng.standard_normal((n_res, n_res, 6), np.float32)
+  return {
+    'single': rng.standard_normal((n_res, 8), np.float32),
+    'rotation': rotation,
+    'translation': translation,
+    'mask': np.arange(n_res) % 5 != 3,
+  }, {'full': full, 'low_rank': low_rank(rng, n_res, 2, 6), 'none': None}
+
+
+INPUTS, PAIRS = variants()
+
+
+def transformed(**options):
+  return sa.transform_ipa(
+    sa.InvariantPointAttentionConfig(
+      num_head=3,
+      num_point_qk=2,
+      num_point_v=3,
+      num_scalar_v=5,
+      zero_init=False,
+      **options,
+    )
+  )
+
+
+def value_and_gradient(apply, params, pair, **options):
+  def loss(params, pair, inputs):
+    floats = {**INPUTS, **inputs}
+    return jnp.sum(jnp.sin(apply(params, pair=pair, **floats, **options)))
+
+  inputs = {k: v for k, v in INPUTS.items() if k != 'mask'}
+  value = jax.jit(lambda *a: apply(a[0], pair=a[1], **INPUTS, **options))
+  gradient = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+  return value(params, pair), gradient(params, pair, inputs)
+
+
+def assert_close(got, want, bound=2e-5):
+  largest = max(np.abs(w).max() for w in jax.tree.leaves(want))
+  for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    assert np.abs(g - w).max() <= bound * max(np.abs(w).max(), 0.01 * largest)
+
+
+@pytest.mark.parametrize('kind', PAIRS)
+@pytest.mark.parametrize('block', [1, 4, 13, 64])
+def test_blocked_equals_dense_values_and_gradients(kind, block):
+  pair = PAIRS[kind]
+  init, dense = transformed(implementation='dense')
+  params = init(jax.random.key(0), pair=pair, **INPUTS)
+  _, blocked = transformed(implementation='blocked', query_block=block)
+  want = value_and_gradient(dense, params, pair)
+  assert_close(value_and_gradient(blocked, params, pair), want)
+
+
+@pytest.mark.parametrize('implementation', ['dense', 'blocked'])
+def test_low_rank_pair_equals_the_multiplied_out_one(implementation):
+  pair = PAIRS['low_rank']
+  init, apply = transformed(implementation=implementation, query_block=4)
+  params = init(jax.random.key(0), pair=pair, **INPUTS)
+  got, (got_params, got_pair, got_inputs) = value_and_gradient(
+    apply, params, pair
+  )
+  full, spread = jax.vjp(multiplied_out, pair)
+  want, (want_params, want_pair, want_inputs) = value_and_gradient(
+    apply, params, full
+  )
+  (want_pair,) = spread(want_pair)
+  assert_close(
+    (got, got_params, got_pair, got_inputs),
+    (want, want_params, want_pair, want_inputs),
+  )
+
+
+def test_low_rank_pair_needs_nothing_of_full_size():
+  n_res, c_z = 256, 32
+  init, apply = sa.transform_ipa(sa.InvariantPointAttentionConfig(num_head=2))
+  inputs = (
+    jnp.zeros((n_res, 8)),
+    sa.LowRankPair(*jnp.zeros((2, n_res, 2, c_z))),
+    jnp.zeros((n_res, 3, 3)),
+    jnp.zeros((n_res, 3)),
+  )
+  params = jax.eval_shape(init, jax.random.key(0), *inputs)
+  jaxpr = jax.make_jaxpr(jax.grad(lambda *a: jnp.sum(apply(*a))))(
+    params, *inputs
+  )
+  sizes = [
+    int(np.prod(v.aval.shape))
+    for equation in equations(jaxpr.jaxpr)
+    for v in equation.outvars
+  ]
+  assert max(sizes) < n_res * n_res * 2  # Not even logits of all heads.
+
+
+@pytest.mark.parametrize('implementation', ['dense', 'blocked'])
+def test_shared_pair_bias_changes_nothing(implementation):
+  pair = PAIRS['full']
+  options = {'implementation': implementation, 'query_block': 4}
+  init, apply = transformed(**options)
+  params = init(jax.random.key(0), pair=pair, **INPUTS)
+  config = sa.InvariantPointAttentionConfig(
+    num_head=3,
+    num_point_qk=2,
+    num_point_v=3,
+    num_scalar_v=5,
+    zero_init=False,
+    **options,
+  )
+
+  def twice(pair, **inputs):
+    ipa = sa.InvariantPointAttention(config)
+    bias = ipa.pair_bias(pair)
+    return ipa(pair=pair, pair_bias=bias, **inputs)
+
+  shared = hk.without_apply_rng(hk.transform(twice))
+  made = shared.init(jax.random.key(0), pair=pair, **INPUTS)
+  assert jax.tree.map(np.shape, made) == jax.tree.map(np.shape, params)
+  want = value_and_gradient(apply, params, pair)
+  assert_close(value_and_gradient(shared.apply, params, pair), want)
+
+
+def test_blocked_holds_no_logits_of_all_queries():
+  n_res, n_head = 256, 6
+  init, apply = sa.transform_ipa(
+    sa.InvariantPointAttentionConfig(
+      num_head=n_head, implementation='blocked', query_block=8
+    )
+  )
+  inputs = (
+    jnp.zeros((n_res, 8)),
+    jnp.zeros((n_res, n_res, 3)),
+    jnp.zeros((n_res, 3, 3)),
+    jnp.zeros((n_res, 3)),
+  )
+  params = jax.eval_shape(init, jax.random.key(0), *inputs)
+
+  def largest(apply):
+    jaxpr = jax.make_jaxpr(
+      jax.grad(lambda *a: jnp.sum(apply(*a) ** 2), argnums=(0, 2))
+    )(params, *inputs)
+    return max(
+      int(np.prod(v.aval.shape))
+      for equation in equations(jaxpr.jaxpr)
+      for v in equation.outvars
+    )
+
+  assert largest(apply) <= n_res * n_res * 3  # The gradient of the pair.
+  _, dense = sa.transform_ipa(
+    sa.InvariantPointAttentionConfig(num_head=n_head, implementation='dense')
+  )
+  assert largest(dense) >= n_res * n_res * n_head  # The check can fail.
 
 
 @pytest.mark.parametrize(

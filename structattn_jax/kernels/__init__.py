@@ -1,0 +1,1 @@
+"""Faster paths that a benchmark justifies, each beside its reference."""

@@ -82,12 +82,17 @@ def _pair_of(rows: Rows, context: Context) -> jax.Array | None:
   return rows.pair if context.shared_pair is None else context.shared_pair
 
 
+def _differences(a: jax.Array, b: jax.Array) -> list[jax.Array]:
+  """a_i - b_j per coordinate, [n, m]: vectorises, unlike a last axis of 3."""
+  return [a[:, None, x] - b[:, x] for x in range(3)]
+
+
 def _logits(rows: Rows, context: Context) -> tuple[jax.Array, jax.Array]:
   """Logits [n, n_head, n_res] and squared frame distances [n, n_res]."""
   pair = _pair_of(rows, context)
   # From differences, not expanded: exact for near frames.
-  difference = rows.translation[:, None] - context.translation
-  squared = jnp.sum(jnp.square(difference), -1)
+  dx, dy, dz = _differences(rows.translation, context.translation)
+  squared = jnp.square(dx) + jnp.square(dy) + jnp.square(dz)
   logits = _exact_einsum('ihd,hdj->hij', rows.queries, context.keys)
   logits = jnp.swapaxes(logits, 0, 1)
   logits -= context.distance_weight[:, None] * squared[:, None]
@@ -199,9 +204,14 @@ def _blocked_backward(
       d_logits * squared[:, None], (0, 2)
     )
     d_squared = -jnp.einsum('ihj,h->ij', d_logits, context.distance_weight)
-    difference = own.translation[:, None] - context.translation
-    d_difference = 2 * d_squared[..., None] * difference
-    d_translation = carry.translation - jnp.sum(d_difference, 0)
+    d_differences = [
+      2 * d_squared * difference
+      for difference in _differences(own.translation, context.translation)
+    ]
+    d_own_translation = jnp.stack([jnp.sum(d, 1) for d in d_differences], -1)
+    d_translation = carry.translation - jnp.stack(
+      [jnp.sum(d, 0) for d in d_differences], -1
+    )
 
     # The pair: one product for what logits and values send back.
     d_pair_queries, d_pair, d_shared = None, carry.pair, carry.shared_pair
@@ -223,7 +233,6 @@ def _blocked_backward(
       d_keys, d_values, d_translation, d_distance_weight, d_shared, d_pair
     )
     d_bias = None if rows.bias is None else d_logits
-    d_own_translation = jnp.sum(d_difference, 1)
     return carry, (d_queries, d_own_translation, d_bias, d_pair_queries)
 
   carry = _Carry(

@@ -571,8 +571,16 @@ def _centre(translation: jax.Array, mask: jax.Array) -> jax.Array:
 
 
 def _rotate(rotation: jax.Array, points: jax.Array) -> jax.Array:
-  """Rotates [n_res, n_head, p, 3] by [n_res, 3, 3], without matrix units."""
-  return jnp.sum(rotation[:, None, None] * points[..., None, :], -1)
+  """Rotates [n_res, n_head, p, 3] by [n_res, 3, 3], without matrix units.
+
+  Written out: a sum over a last axis of three does not vectorise on CPU.
+  """
+  x, y, z = jnp.moveaxis(points, -1, 0)
+  r = rotation[:, None, None]
+  return jnp.stack(
+    [r[..., i, 0] * x + r[..., i, 1] * y + r[..., i, 2] * z for i in range(3)],
+    -1,
+  )
 
 
 def _attention(config: InvariantPointAttentionConfig, n_res: int) -> Any:

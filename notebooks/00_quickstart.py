@@ -71,7 +71,7 @@ print(int(padded.tokens.mask.sum()), 'tokens are real')
 # %%
 protein = data.protein_only(features)
 n_res = len(protein.mask)
-config = sa.InvariantPointAttentionConfig(num_head=4)
+config = sa.InvariantPointAttentionConfig.seed(num_head=4)
 init, apply = sa.transform_ipa(config)
 
 key_single, key_pair, key_init = jax.random.split(jax.random.key(0), 3)

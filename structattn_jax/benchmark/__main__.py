@@ -4,9 +4,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from structattn_jax.benchmark import harness, segment
+from structattn_jax.benchmark import harness, ipa, segment
 
-SECTIONS = {'segment': segment}
+SECTIONS = {'segment': segment, 'ipa': ipa}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,5 +1,6 @@
 """Rotations, quaternions and rigid frames as pure functions of arrays."""
 
+from structattn_jax.geometry.quat_affine import QuatAffine, rigid_from_update
 from structattn_jax.geometry.rigid import Rigid
 from structattn_jax.geometry.rotation import (
   compose_rotations,
@@ -15,12 +16,14 @@ from structattn_jax.geometry.rotation import (
 )
 
 __all__ = [
+  'QuatAffine',
   'Rigid',
   'compose_rotations',
   'multiply_quaternions',
   'normalise_quaternion',
   'quaternion_to_rotation',
   'random_rotation',
+  'rigid_from_update',
   'rotate',
   'rotate_inverse',
   'rotation_from_axis_angle',

@@ -146,6 +146,7 @@ def test_golden_errors_match(dtype, bound):
   [('float32', 2e-5, 1e-5), ('float64', 1e-11, 1e-11)],
 )
 def test_golden_backbone_loss_and_gradient_match(dtype, bound, relative):
+  """AF2 takes the quaternions as they are, here of norm 1 +- 1e-8."""
   own = load('geometry_fape')
   with jax.enable_x64(dtype == 'float64'):
     predicted, target, mask = golden_frames(dtype, False)
@@ -168,7 +169,7 @@ def test_golden_backbone_loss_and_gradient_match(dtype, bound, relative):
     assert error < relative
 
 
-@pytest.mark.parametrize('chunk_size', [None, 1, 4, 13, 100])
+@pytest.mark.parametrize('chunk_size', [None, 4, 13])
 @pytest.mark.parametrize(
   'options',
   [
@@ -307,28 +308,33 @@ def test_equal_structures_have_finite_gradients(form):
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradient))
 
 
+def largest_array(jaxpr):
+  """Entries of the largest array that a jaxpr makes, at any depth."""
+  sizes = [0]
+  for equation in jaxpr.eqns:
+    sizes += [np.prod(variable.aval.shape) for variable in equation.outvars]
+    for parameter in equation.params.values():
+      inner = getattr(parameter, 'jaxpr', parameter)
+      if hasattr(inner, 'eqns'):
+        sizes.append(largest_array(inner))
+  return max(sizes)
+
+
 def test_no_array_holds_all_pairs():
-  case = random_case(n_frame=257, n_point=300)
+  n_point = 300
+  case = random_case(n_frame=257, n_point=n_point)
 
-  def loss(frames, points):
-    own = {**case, 'predicted_frames': frames, 'predicted_points': points}
-    return fape.frame_aligned_point_error(**own, chunk_size=8)
+  def of_chunk(chunk_size):
+    def loss(frames, points):
+      own = {**case, 'predicted_frames': frames, 'predicted_points': points}
+      return fape.frame_aligned_point_error(**own, chunk_size=chunk_size)
 
-  jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1)))(
-    case['predicted_frames'], case['predicted_points']
-  )
+    gradient = jax.grad(loss, argnums=(0, 1))
+    arguments = case['predicted_frames'], case['predicted_points']
+    return largest_array(jax.make_jaxpr(gradient)(*arguments).jaxpr)
 
-  def sizes(jaxpr):
-    for equation in jaxpr.eqns:
-      yield from (np.prod(v.aval.shape) for v in equation.outvars)
-      for parameter in jax.tree.leaves(
-        equation.params, is_leaf=lambda x: hasattr(x, 'eqns')
-      ):
-        inner = getattr(parameter, 'jaxpr', parameter)
-        if hasattr(inner, 'eqns'):
-          yield from sizes(inner)
-
-  assert max(sizes(jaxpr.jaxpr)) <= 8 * 300 * 9
+  assert of_chunk(8) <= 8 * n_point
+  assert of_chunk(257) == 257 * n_point
 
 
 def test_vmap_and_jit_give_the_same():

@@ -1,6 +1,9 @@
 """The command `structattn`.
 
-structattn run [FILE]     run the five systems on a complex
+structattn run [FILE]             run the five systems on a complex
+structattn convert INPUT OUTPUT   take over published parameters
+structattn info FILE              say what a converted file holds
+structattn verify PATH...         replay recorded outputs of published code
 """
 
 import argparse
@@ -11,10 +14,18 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from structattn_jax import data, demo
+from structattn_jax import checkpoint, convert, data, demo, verify
 
 # Exit status for input that cannot be used, as argparse gives for bad options.
 _BAD_INPUT = 2
+_CHECK_FAILED = 1
+# Errors that are about what the user gave, not about this program.
+_EXPECTED = (
+  checkpoint.CheckpointError,
+  data.StructureFileError,
+  ImportError,
+  OSError,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,7 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments: words of the command line; None takes those of the process.
 
   Returns:
-    0, or 2 if a file or an option cannot be used.
+    0; 1 if `verify` finds a difference; 2 if a file or an option cannot be
+    used.
   """
   parser = argparse.ArgumentParser(
     prog='structattn', description='Attention systems for structural biology.'
@@ -61,12 +73,99 @@ def main(arguments: Sequence[str] | None = None) -> int:
   run.add_argument(
     '--json', action='store_true', help='print JSON instead of a table'
   )
+  run.set_defaults(function=_run)
+  _add_convert(commands)
+  _add_verify(commands)
   options = parser.parse_args(arguments)
   try:
-    return _run(options)
-  except (data.StructureFileError, ImportError) as error:
-    print(f'structattn: {error}', file=sys.stderr)
+    return options.function(options)
+  except _EXPECTED as error:
+    message = ' '.join(str(error).split())
+    print(f'structattn: {message}', file=sys.stderr)
     return _BAD_INPUT
+
+
+def _add_convert(commands: Any) -> None:
+  parser = commands.add_parser(
+    'convert',
+    help='take over published parameters',
+    description='Converts a part of a published checkpoint (AlphaFold 2 '
+    'params_model_*.npz) into one file with parameters, configuration and '
+    'provenance. Every entry of the part must be there, be known and have the '
+    'right shape.',
+  )
+  parser.add_argument('input', type=pathlib.Path, help='published checkpoint')
+  parser.add_argument(
+    'output', type=pathlib.Path, help='.safetensors or .npz file to write'
+  )
+  parser.add_argument(
+    '--part',
+    choices=convert.PARTS,
+    default='structure_module',
+    help='what to take (default: %(default)s)',
+  )
+  parser.set_defaults(function=_convert)
+  parser = commands.add_parser(
+    'info',
+    help='say what a converted file holds',
+    description='Prints configuration and provenance of a converted file.',
+  )
+  parser.add_argument('file', type=pathlib.Path)
+  parser.set_defaults(function=_info)
+
+
+def _add_verify(commands: Any) -> None:
+  parser = commands.add_parser(
+    'verify',
+    help='replay recorded outputs of published code',
+    description='Replays golden files, inputs, parameters and outputs recorded '
+    'from published code, on the present device. Exit status: 0 all arrays are '
+    'within tolerance, 1 some are not, 2 something could not be run.',
+  )
+  parser.add_argument(
+    'path',
+    nargs='+',
+    type=pathlib.Path,
+    help='npz file, or folder that is searched for them',
+  )
+  parser.add_argument(
+    '--json', action='store_true', help='print JSON instead of a table'
+  )
+  parser.set_defaults(function=_verify)
+
+
+def _convert(options: argparse.Namespace) -> int:
+  try:
+    checkpoint.check_suffix(options.output)
+  except ValueError as error:
+    raise checkpoint.CheckpointError(str(error)) from None
+  written = convert.convert_file(options.input, options.output, options.part)
+  print(f'{options.output}: {convert.describe(written)}')
+  return 0
+
+
+def _info(options: argparse.Namespace) -> int:
+  content = checkpoint.load(options.file)
+  print(f'{options.file}: {convert.describe(content)}')
+  return 0
+
+
+def _verify(options: argparse.Namespace) -> int:
+  def progress(message: str) -> None:
+    print(f'... {message}', file=sys.stderr, flush=True)
+
+  report = verify.verify(options.path, progress=progress)
+  for message in (*report.notes, *report.errors):
+    print(f'structattn: {message}', file=sys.stderr)
+  if options.json:
+    print(json.dumps(verify.to_json(report.rows), indent=2))
+  elif report.rows:
+    print('\n'.join(verify.table(report.rows)))
+    failed = sum(not row.ok for row in report.rows)
+    cases = len({row.case for row in report.rows})
+    verdict = f'{failed} FAIL' if failed else 'all within tolerance'
+    print(f'{len(report.rows)} arrays of {cases} cases: {verdict}')
+  return report.status
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -98,7 +197,11 @@ def _run(options: argparse.Namespace) -> int:
   smiles = max(found, key=len, default='')
 
   chosen = demo.experiments(features, smiles, seed=options.seed)
-  reports = list(demo.run(chosen, seed=options.seed, progress=progress))
+  try:
+    reports = list(demo.run(chosen, seed=options.seed, progress=progress))
+  except AssertionError as error:  # A symmetry or padding check.
+    print(f'structattn: {path}: check failed: {error}', file=sys.stderr)
+    return _CHECK_FAILED
   progress('figures')
   options.out.mkdir(parents=True, exist_ok=True)
   written = figures.draw_all(features, chosen, options.out, seed=options.seed)

@@ -130,6 +130,17 @@ def test_trace_of_ca_atoms_only_is_refused(small_complex, tmp_path, capsys):
   assert 'no backbone frames' in capsys.readouterr().err
 
 
+def test_failed_check_gives_one_line_and_status_1(
+  small_complex, capsys, monkeypatch
+):
+  def fail(*args, **kwargs):
+    raise AssertionError('moved by 1')
+
+  monkeypatch.setattr(demo, 'run', fail)
+  assert cli.main(['run', str(small_complex)]) == 1
+  assert 'check failed: moved by 1' in capsys.readouterr().err
+
+
 def test_model_out_of_range_is_refused(small_complex, capsys):
   assert cli.main(['run', str(small_complex), '--model', '7']) == 2
   assert 'model' in capsys.readouterr().err

@@ -1,0 +1,76 @@
+"""Golden files run again through the public API, one file per system.
+
+`structattn_jax.verify` finds the files and asks this registry.
+"""
+
+import jax
+
+from structattn_jax.replay import af2_geometry, af2_ipa, pallatom, sedd, seeds
+from structattn_jax.replay.golden import (
+  Golden,
+  GoldenError,
+  NotAGoldenError,
+  Replay,
+  Row,
+  judge,
+)
+
+__all__ = [
+  'REPLAYS',
+  'Golden',
+  'GoldenError',
+  'NotAGoldenError',
+  'Replay',
+  'Row',
+  'is_known',
+  'run',
+]
+
+# (system, kind), as `meta` names them.
+REPLAYS: dict[tuple[str, str], Replay] = {
+  ('af2_ipa', 'ipa_mono'): af2_ipa.attention,
+  ('af2_ipa', 'ipa_multi'): af2_ipa.attention,
+  ('af2_ipa', 'structure_module_mono'): af2_ipa.structure,
+  ('af2_ipa', 'structure_module_multi'): af2_ipa.structure,
+  ('af2_ipa', 'residue_tables'): af2_geometry.residue_tables,
+  ('af2_ipa', 'geometry'): af2_geometry.geometry_and_fape,
+  (
+    'af3_atom_cross_attention',
+    'seed_token_atom_attention',
+  ): seeds.token_atom_attention,
+  ('boltz_atom_encoder', 'seed_token_attention'): seeds.token_attention,
+  ('pallatom_atom_transformers', 'build_sparse_pairs'): pallatom.sparse_pairs,
+  ('pallatom_atom_transformers', 'AtomTransformer'): pallatom.atom_transformer,
+  ('sedd_protein_ligand', 'dual_components'): sedd.dual_components,
+}
+
+
+def is_known(golden: Golden) -> bool:
+  """Whether there is a replay of this kind."""
+  return (golden.meta['system'], golden.meta['kind']) in REPLAYS
+
+
+def run(golden: Golden) -> list[Row]:
+  """Runs one golden on the present device and compares every array.
+
+  Raises:
+    NotAGoldenError: if there is no replay of this kind.
+    GoldenError: if the file lacks something that its kind needs.
+  """
+  system, kind = golden.meta['system'], golden.meta['kind']
+  if not is_known(golden):
+    raise NotAGoldenError(f'no replay of {system} {kind!r}')
+  try:
+    # Parity is about the algorithm, not about TF32 or bfloat16 units.
+    with jax.default_matmul_precision('highest'):
+      compared = list(REPLAYS[system, kind](golden))
+  except GoldenError:
+    raise
+  except Exception as error:
+    # Whatever it is: that a golden cannot be run must not look like a crash,
+    # whose exit status is that of a difference.
+    raise GoldenError(
+      f'{golden.case}: cannot be replayed as {system} {kind!r}: '
+      f'{type(error).__name__}: {error}'
+    ) from error
+  return judge(golden.case, compared)

@@ -1,0 +1,128 @@
+"""Golden files found, replayed on the present device and judged.
+
+  report = verify.verify(['goldens/'])
+  assert report.status == 0, report.rows
+
+`structattn_jax.replay` runs the files; `replay/golden.py` says how tolerances
+are derived. `structattn verify` prints what this returns.
+"""
+
+import dataclasses
+import math
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+from structattn_jax import replay
+from structattn_jax.checkpoint import CheckpointError
+from structattn_jax.replay import Row
+
+Path = str | os.PathLike[str]
+
+HOLDS, FAILS, CANNOT_RUN = 0, 1, 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """What was compared, and what could not be.
+
+  Attributes:
+    rows: one per compared array.
+    notes: what was left out, which is no failure: files in folders that are
+      not goldens or of a kind that is not implemented, and outputs that have
+      no public function.
+    errors: what could not be run: files that cannot be read, or named files of
+      an unknown kind.
+  """
+
+  rows: Sequence[Row]
+  notes: Sequence[str]
+  errors: Sequence[str]
+
+  @property
+  def status(self) -> int:
+    """0 if all rows hold, 1 if one fails, 2 if something could not be run."""
+    if self.errors or not self.rows:
+      return CANNOT_RUN
+    return HOLDS if all(row.ok for row in self.rows) else FAILS
+
+
+def verify(
+  paths: Iterable[Path], *, progress: Callable[[str], None] | None = None
+) -> Report:
+  """Replays golden files through the public API and compares every array.
+
+  Args:
+    paths: npz files, or folders, which are searched for them recursively.
+    progress: called with the name of each file before it is replayed.
+
+  Returns:
+    The report. Nothing is raised for bad files.
+  """
+  rows: list[Row] = []
+  notes: list[str] = []
+  errors: list[str] = []
+  for path in map(pathlib.Path, paths):
+    named = not path.is_dir()
+    files = [path] if named else sorted(path.rglob('*.npz'))
+    if not files:
+      errors.append(f'{path}: no npz files in this folder')
+    for file in files:
+      try:
+        golden = replay.Golden.read(file, file.stem)
+        if progress is not None and replay.is_known(golden):
+          progress(f'{golden.case} ({golden.meta["kind"]})')
+        found = replay.run(golden)
+      except replay.NotAGoldenError as error:
+        (errors if named else notes).append(f'not replayed: {file}: {error}')
+      except (CheckpointError, replay.GoldenError) as error:
+        text = str(error)
+        errors.append(text if str(file) in text else f'{file}: {text}')
+      else:
+        rows += found
+        left = set(golden.outputs()) - {row.output for row in found}
+        if left:
+          notes.append(f'not replayed: {file}: {", ".join(sorted(left))}')
+  if not rows and not errors:
+    errors.append('no golden file could be replayed')
+  return Report(tuple(rows), tuple(notes), tuple(errors))
+
+
+def to_json(rows: Iterable[Row]) -> list[dict[str, Any]]:
+  """Rows as plain values; null for an infinite error, which JSON lacks."""
+
+  def plain(value: Any) -> Any:
+    is_infinite = isinstance(value, float) and not math.isfinite(value)
+    return None if is_infinite else value
+
+  return [
+    {name: plain(value) for name, value in dataclasses.asdict(row).items()}
+    for row in rows
+  ]
+
+
+def table(rows: Sequence[Row]) -> Iterator[str]:
+  """Rows as lines of text, each with the part of its tolerance used."""
+  header = ('case', 'output', 'max error', 'scale', 'tolerance', 'used', '')
+  lines = [header]
+  for row in rows:
+    used = row.max_error / row.tolerance if row.tolerance else row.max_error
+    lines.append(
+      (
+        row.case,
+        row.output,
+        f'{row.max_error:.1e}',
+        f'{row.scale:.1e}',
+        f'{row.tolerance:.1e}',
+        f'{used:.2f}',
+        'ok' if row.ok else 'FAILS',
+      )
+    )
+  widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+  for line in lines:
+    cells = [
+      f'{cell:{"<" if i in (0, 1, 6) else ">"}{width}}'
+      for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+    ]
+    yield '  '.join(cells).rstrip()

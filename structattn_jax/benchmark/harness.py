@@ -9,7 +9,7 @@ Times are in seconds and sizes in bytes here; tables show milliseconds and MB
 (10^6 bytes).
 """
 
-import concurrent.futures
+import concurrent.futures.process
 import contextlib
 import dataclasses
 import importlib.metadata
@@ -226,6 +226,19 @@ def peak_rss(
   spawn = multiprocessing.get_context('spawn')
   with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
     return pool.submit(_grow, build, build_args).result()
+
+
+def with_peak_rss(
+  row: Measurement, build: Callable[..., Any], *build_args: Any
+) -> Measurement:
+  """Adds the peak of `peak_rss` to the measurement of a candidate that ran."""
+  if not row.calls:
+    return row
+  try:
+    peak = peak_rss(build, *build_args)
+  except concurrent.futures.process.BrokenProcessPool:
+    return dataclasses.replace(row, note='RSS: process killed')
+  return dataclasses.replace(row, peak_rss_bytes=peak)
 
 
 def _grow(build: Callable[..., Any], build_args: Sequence[Any]) -> int:

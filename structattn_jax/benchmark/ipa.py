@@ -13,8 +13,6 @@ to parameters, single, pair and frames. 'published' and 'alphafold' are timed up
 to the size whose temporaries stay below the limit.
 """
 
-import concurrent.futures.process
-import dataclasses
 import functools
 import importlib.util
 from collections.abc import Callable, Sequence
@@ -81,25 +79,16 @@ def run(
       )
       del args, want
       if rss:
-        measured = [_with_rss(row, mode, n_res) for row in measured]
+        measured = [
+          harness.with_peak_rss(row, build, mode, n_res, row.candidate)
+          for row in measured
+        ]
       rows += measured
     tables.append(
       harness.Table(title=f'IPA, {mode}', baseline=names[-1], rows=tuple(rows))
     )
     report(tables[-1])
   return tables
-
-
-def _with_rss(
-  row: harness.Measurement, mode: Mode, n_res: int
-) -> harness.Measurement:
-  if not row.calls:
-    return row
-  try:
-    peak = harness.peak_rss(build, mode, n_res, row.candidate)
-  except concurrent.futures.process.BrokenProcessPool:
-    return dataclasses.replace(row, note='RSS: process killed')
-  return dataclasses.replace(row, peak_rss_bytes=peak)
 
 
 def build(

@@ -11,8 +11,6 @@ Backward passes take a given cotangent; 'forward+backward' returns the result
 and the gradient. Ids are arguments of the compiled program, not constants.
 """
 
-import concurrent.futures.process
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -83,7 +81,10 @@ def run(
     for case in QUICK_CASES if quick else CASES:
       measured = _compare(operation, case, repeats=5 if quick else 60)
       if rss:
-        measured = [_with_rss(row, operation, case) for row in measured]
+        measured = [
+          harness.with_peak_rss(row, build, operation, case, row.candidate)
+          for row in measured
+        ]
       rows += measured
     tables.append(
       harness.Table(title=title, baseline=BASELINE, rows=tuple(rows))
@@ -103,18 +104,6 @@ def _compare(
     want=expected(operation, case, args),
     repeats=repeats,
   )
-
-
-def _with_rss(
-  row: harness.Measurement, operation: Operation, case: Case
-) -> harness.Measurement:
-  if not row.calls:
-    return row
-  try:
-    peak = harness.peak_rss(build, operation, case, row.candidate)
-  except concurrent.futures.process.BrokenProcessPool:
-    return dataclasses.replace(row, note='RSS: process killed')
-  return dataclasses.replace(row, peak_rss_bytes=peak)
 
 
 def build(

@@ -368,8 +368,8 @@ class InvariantPointAttention(hk.Module):
     n_res, n_head, p_qk, _ = q_point.shape
     # A scalar product of unit normals has variance n_qk, half a squared
     # distance of unit-normal points 9/2 per point: both become 1/3.
-    scalar_weight = np.sqrt(1 / (3 * self.config.num_scalar_qk))
-    point_weight = np.sqrt(1 / (3 * p_qk * 9 / 2)) * self._head_weights(q.dtype)
+    scalar_weight = (3 * self.config.num_scalar_qk) ** -0.5
+    point_weight = (3 * p_qk * 9 / 2) ** -0.5 * self._head_weights(q.dtype)
 
     def per_head(x: jax.Array) -> jax.Array:
       return jnp.broadcast_to(x[:, None], (n_res, n_head, x.shape[-1]))
@@ -448,7 +448,7 @@ class InvariantPointAttention(hk.Module):
       use_bias=self.config.parameterisation != 'seed',
       name='attention_2d',
     )
-    return (np.sqrt(1 / 3) * module().T).astype(dtype)
+    return (3**-0.5 * module().T).astype(dtype)
 
   def _head_weights(self, dtype: Any) -> jax.Array:
     n_head = self.config.num_head

@@ -344,7 +344,7 @@ class TokenEmbedding(hk.Module):
       .at[tokens]
       .get(mode='fill', fill_value=jnp.nan, wrap_negative_indices=False)
     )
-    return hm.LayerNorm(name='norm')(rows * np.sqrt(self.shape[1]))
+    return hm.LayerNorm(name='norm')(rows * self.shape[1] ** 0.5)
 
 
 def dual_track_states(

@@ -62,6 +62,13 @@ def test_float64_matches_oracle(case):
   assert worst_error(got, case.system.oracle(params, inputs)) < 1e-12
 
 
+@each_case
+def test_float32_inputs_stay_float32_with_x64_enabled(case):
+  with jax.enable_x64(True):
+    shapes = jax.eval_shape(case.apply, case.params, dict(case.inputs))
+  assert all(y.dtype == np.float32 for y in jax.tree.leaves(shapes))
+
+
 def derivative(fn):
   """Derivatives of fn(step) at 0 by sixth-order differences, several steps.
 

@@ -16,10 +16,10 @@ run: $(VENV)/.run ## Run the five systems on a real complex (FILE=my.cif for you
 	$(BIN)/structattn run $(FILE)
 
 test: $(VENV)/.test ## Run the test suite.
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not slow"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
-test-slow: $(VENV)/.test ## Run the larger tests.
-	$(BIN)/python -m pytest -m slow
+test-slow: $(VENV)/.test ## Run all tests, compiled as users compile.
+	XLA_FLAGS= $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
 lint: $(VENV)/.lint ## Check style, format and types.
 	$(BIN)/ruff check .

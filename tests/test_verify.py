@@ -46,6 +46,10 @@ def quick_compilation():
     jax.config.update('jax_disable_most_optimizations', False)
 
 
+# The run that all tests look at is made once, in one process.
+pytestmark = pytest.mark.xdist_group('verify')
+
+
 @pytest.fixture(scope='module')
 def report():
   with quick_compilation():

@@ -107,10 +107,8 @@ def example(name: str) -> ExampleFiles:
       f'name: no example {name!r}; there are {", ".join(sorted(_EXAMPLES))}'
     )
   folder = importlib.resources.files('structattn_jax.data') / 'examples'
-  paths = [
-    None if file is None else pathlib.Path(str(folder / file))
-    for file in _EXAMPLES[name.lower()]
-  ]
-  structure, ligand = paths
-  assert structure is not None
-  return ExampleFiles(structure, ligand)
+  folder = pathlib.Path(str(folder))
+  structure, ligand = _EXAMPLES[name.lower()]
+  return ExampleFiles(
+    folder / structure, None if ligand is None else folder / ligand
+  )

@@ -8,6 +8,7 @@ user's file or built from the user's SMILES.
 
 from __future__ import annotations
 
+import abc
 import json
 import os
 import pathlib
@@ -30,7 +31,7 @@ _SMILES_TOKEN = re.compile(
 _SMILES_SPECIALS = ('<bos>', '<eos>', '<pad>', '<mask>')
 
 
-class _Vocabulary:
+class _Vocabulary(abc.ABC):
   """Maps tokens to ids and back; the two tokenisers differ in the split."""
 
   def __init__(self, ids: Mapping[str, int], start: str):
@@ -63,9 +64,9 @@ class _Vocabulary:
     """Id of <unk>."""
     return self._ids['<unk>']
 
+  @abc.abstractmethod
   def split(self, text: str) -> list[str]:
     """Splits text into tokens, known or not."""
-    raise NotImplementedError
 
   def unknown(self, text: str) -> list[str]:
     """Tokens of `text` which become <unk>: each once, in order."""

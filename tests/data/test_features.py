@@ -107,7 +107,8 @@ def test_examples_match_their_provenance_note():
 
 
 def test_smiles_of_examples(dhfr):
-  chem = pytest.importorskip('rdkit.Chem')
+  from rdkit import Chem as chem
+
   (ligand,) = data.ligand_smiles(dhfr[0])
   # Flat formula: the deposited centres are nearly planar.
   flat = chem.MolFromSmiles(ligand.smiles)
@@ -290,7 +291,7 @@ HETATM C CABCDE Q~Q A . 0.0 0.0 0.0
 def test_formats_written_from_one_structure_give_the_same_features(
   tmp_path, suffix
 ):
-  pdb_io = pytest.importorskip('biotite.structure.io.pdb')
+  from biotite.structure.io import pdb as pdb_io
   from biotite.structure.io import pdbx
 
   source = data.example('1tqh').structure

@@ -266,7 +266,6 @@ def test_sdf_on_a_ligand_in_the_file_is_not_added_twice(pdb, write):
     write(pdb), ligand=write(SDF_ETHANOL, 'ligand.sdf')
   )
   assert _names(structure) == ['ALA', 'LIG']
-  pytest.importorskip('rdkit')
   assert data.ligand_smiles(structure)[0].smiles == 'CCO'
 
 
@@ -305,7 +304,6 @@ def test_unknown_atom_has_element_zero_and_no_smiles(pdb, write):
   pdb.atom('UNK', 'UNX', 2, (9, 9, 9), element='X', hetero=True)
   structure = data.load_structure(write(pdb))
   assert data.featurise(structure).atoms.ref_element[-1] == 0
-  pytest.importorskip('rdkit')
   assert data.ligand_smiles(structure)[0].smiles is None
 
 

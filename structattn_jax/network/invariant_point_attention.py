@@ -67,8 +67,9 @@ class InvariantPointAttentionConfig(base_config.BaseConfig):
     implementation: 'dense' holds all logits [n_res, n_head, n_res]; 'blocked'
       holds those of `query_block` queries at a time and recomputes them in the
       backward pass (reverse mode only). None chooses: 'blocked' on CPU, where
-      it is faster at every size measured, and for more than 1024 residues on
-      accelerators, else 'dense'. The choice changes rounding only.
+      it is as fast at 64 residues and faster from 256 on, and for more than
+      1024 residues on accelerators, else 'dense'. The choice changes rounding
+      only.
     query_block: queries per step of 'blocked'; None means 16 on CPU, 128 on
       accelerators. Need not divide the number of residues.
   """
@@ -394,9 +395,7 @@ class InvariantPointAttention(hk.Module):
     ]
     values = [v, v_point.reshape(n_res, n_head, -1)]
     return (
-      kernel.Rows(
-        jnp.concatenate(queries, -1), translation, mask, None, None, None
-      ),
+      kernel.Rows(jnp.concatenate(queries, -1), translation, mask),
       kernel.Context(
         jnp.transpose(jnp.concatenate(keys, -1), (1, 2, 0)),
         jnp.transpose(jnp.concatenate(values, -1), (1, 0, 2)),

@@ -111,7 +111,8 @@ def _key_mask(rows: Rows, context: Context) -> jax.Array:
 def _results(weights: jax.Array, rows: Rows, context: Context) -> Result:
   """Weighted values and pair rows; `weights` [n, n_head, n_res]."""
   by_head = jnp.swapaxes(weights, 0, 1)
-  values = _exact_einsum('hij,hjd->ihd', by_head, context.values)
+  values = _exact_einsum('hij,hjd->hid', by_head, context.values)
+  values = jnp.swapaxes(values, 0, 1)
   pair = _pair_of(rows, context)
   return Result(values, None if pair is None else _pair_values(weights, pair))
 
@@ -204,7 +205,7 @@ def _blocked_backward(
     d_distance_weight = carry.distance_weight - jnp.sum(
       d_logits * squared[:, None], (0, 2)
     )
-    d_squared = -jnp.einsum('ihj,h->ij', d_logits, context.distance_weight)
+    d_squared = -jnp.sum(d_logits * context.distance_weight[:, None], 1)
     d_differences = [
       2 * d_squared * difference
       for difference in _differences(own.translation, context.translation)
@@ -221,12 +222,12 @@ def _blocked_backward(
       if has_bias_products:
         d_pair_queries = _pair_values(d_logits, pair)
         sent, by = [d_logits, weights], [own.pair_queries, own_gradient.pair]
-      sent = jnp.concatenate(sent, 1).astype(pair.dtype)
+      sent = jnp.swapaxes(jnp.concatenate(sent, 1), 1, 2).astype(pair.dtype)
       by = jnp.concatenate([x.astype(pair.dtype) for x in by], 1)
       if d_shared is not None:
-        d_shared += _einsum('ihj,ihc->jc', sent, by)
+        d_shared += _einsum('ijh,ihc->jc', sent, by)
       elif d_pair is not None:
-        rows_sent = _einsum('ihj,ihc->ijc', sent, by).astype(pair.dtype)
+        rows_sent = _einsum('ijh,ihc->ijc', sent, by).astype(pair.dtype)
         d_pair = jax.lax.dynamic_update_slice_in_dim(
           d_pair, rows_sent, start, 0
         )

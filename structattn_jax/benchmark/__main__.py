@@ -4,9 +4,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from structattn_jax.benchmark import harness, ipa, segment
+from structattn_jax.benchmark import harness, ipa, segment, structure_module
 
-SECTIONS = {'segment': segment, 'ipa': ipa}
+SECTIONS = {
+  'segment': segment,
+  'ipa': ipa,
+  'structure_module': structure_module,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

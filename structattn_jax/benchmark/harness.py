@@ -81,6 +81,19 @@ class Table:
   rows: tuple[Measurement, ...]
 
 
+@dataclasses.dataclass(frozen=True)
+class External:
+  """A candidate that is not a JAX function, such as a published torch module.
+
+  Attributes:
+    prepare: `prepare(*args)` returns a function without arguments, which is
+      what is timed; its result is a tree of what `numpy.asarray` takes, ready
+      when it returns, or None, which is not checked.
+  """
+
+  prepare: Callable[..., Callable[[], Any]]
+
+
 def measure(
   fn: Callable[..., Any], *args: Any, repeats: int = 20, warmup: int = 1
 ) -> Measurement:
@@ -90,7 +103,7 @@ def measure(
 
 
 def compare(
-  candidates: Mapping[str, Callable[..., Any]],
+  candidates: Mapping[str, Callable[..., Any] | External],
   args: Sequence[Any],
   *,
   case: str = '',
@@ -99,11 +112,12 @@ def compare(
   warmup: int = 1,
   budget_seconds: float = 2.0,
   temp_limit_bytes: int = TEMP_LIMIT_BYTES,
+  tolerance: float = TOLERANCE,
 ) -> list[Measurement]:
   """Measures candidates on the same arguments, their calls alternating.
 
   Args:
-    candidates: functions of `*args` by name; each is jitted.
+    candidates: functions of `*args` by name, which are jitted, or `External`.
     args: arrays, or trees of arrays.
     case: copied to the measurements.
     want: the expected result, a tree like that of the candidates.
@@ -112,6 +126,7 @@ def compare(
     budget_seconds: a candidate is not called again once its timed calls have
       taken this long. If its first call does, that is its one timed call.
     temp_limit_bytes: programs with larger temporaries are not run.
+    tolerance: largest relative error at which a result counts as right.
 
   Returns:
     A measurement of each candidate, in the given order.
@@ -138,10 +153,10 @@ def compare(
 
   for name in programs:
     out = call(name)
-    if want is not None:
+    if want is not None and out is not None:
       error = max_relative_error(out, want)
       # Written so that NaN is wrong.
-      note = '' if error <= TOLERANCE else f'WRONG by more than {TOLERANCE:g}'
+      note = '' if error <= tolerance else f'WRONG by more than {tolerance:g}'
       results[name] = dataclasses.replace(
         results[name], max_relative_error=error, note=note
       )
@@ -169,8 +184,14 @@ def compare(
 
 
 def _compile(
-  name: str, fn: Callable[..., Any], args: Sequence[Any], case: str
+  name: str, fn: Callable[..., Any] | External, args: Sequence[Any], case: str
 ) -> tuple[Measurement, Any]:
+  if isinstance(fn, External):
+    run = fn.prepare(*args)
+    row = Measurement(
+      case=case, candidate=name, lower_seconds=0.0, compile_seconds=0.0
+    )
+    return row, lambda *_: run()
   # Candidates share inner functions; the later ones must not gain from that.
   jax.clear_caches()
   start = time.perf_counter()
@@ -245,9 +266,11 @@ def _grow(build: Callable[..., Any], build_args: Sequence[Any]) -> int:
   fn, args = build(*build_args)
   jax.block_until_ready(args)
   jax.jit(lambda x: x + 1)(0).block_until_ready()  # Starts the compiler.
+  is_external = isinstance(fn, External)
+  program = fn.prepare(*args) if is_external else lambda: jax.jit(fn)(*args)
   _forget_peak()
   baseline = _peak_bytes()
-  jax.block_until_ready(jax.jit(fn)(*args))
+  jax.block_until_ready(program())
   return _peak_bytes() - baseline
 
 
@@ -303,21 +326,22 @@ def format_table(table: Table) -> str:
     'run ms',
     f'/ {table.baseline}',
     'CPU ms',
+    f'CPU / {table.baseline}',
     'temp MB',
     'RSS MB',
     'rel error',
     'note',
   )
-  baseline = {
-    row.case: row.median_seconds
-    for row in table.rows
-    if row.candidate == table.baseline
+  baselines = {
+    row.case: row for row in table.rows if row.candidate == table.baseline
   }
   lines: list[tuple[str, ...]] = [header]
   for row in table.rows:
-    reference, ratio = baseline.get(row.case), None
-    if row.median_seconds is not None and reference:
-      ratio = row.median_seconds / reference
+    ratio = cpu_ratio = None
+    baseline = baselines.get(row.case)
+    if baseline is not None:
+      ratio = _ratio(row.median_seconds, baseline.median_seconds)
+      cpu_ratio = _ratio(row.cpu_seconds, baseline.cpu_seconds)
     notes = [row.note] if row.note else []
     if 0 < row.calls < 5:
       notes.append(f'{row.calls} call{"s" if row.calls > 1 else ""}')
@@ -329,6 +353,7 @@ def format_table(table: Table) -> str:
         _number(row.median_seconds, 1e3, 3),
         _number(ratio, 1, 2),
         _number(row.cpu_seconds, 1e3, 3),
+        _number(cpu_ratio, 1, 2),
         _number(row.temp_bytes, 1e-6, 1),
         _number(row.peak_rss_bytes, 1e-6, 0),
         '-'
@@ -350,6 +375,10 @@ def format_table(table: Table) -> str:
     previous = case
     text.append('  '.join(cells).rstrip())
   return '\n'.join(text)
+
+
+def _ratio(value: float | None, reference: float | None) -> float | None:
+  return value / reference if value is not None and reference else None
 
 
 def _number(value: float | None, factor: float, digits: int) -> str:

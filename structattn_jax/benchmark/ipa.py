@@ -7,6 +7,11 @@ Candidates:
     sums elementwise over [n_head, n_res, n_res, n_point], an additive mask.
   alphafold: DeepMind's own class, where the package `alphafold-colabfold` of
     the extra `peers` can be imported. The baseline, else 'published' is.
+  lucidrains: the torch module of the package `invariant-point-attention`, where
+    it can be imported, with the same weights. It has no biases of queries, keys
+    and values, so all candidates have zeros there, and it turns points by the
+    transposed rotation, which it therefore gets. Its gradients are timed, not
+    compared.
 
 'forward+backward' returns the value of a scalar and its gradient with respect
 to parameters, single, pair and frames. 'published' and 'alphafold' are timed up
@@ -39,9 +44,13 @@ _LARGEST_CHECKED = 512
 
 def candidates() -> tuple[str, ...]:
   """Names of what can run here; the last is the baseline."""
-  found = ('blocked', 'dense', 'published')
-  # Only whether it is there: importing it is left to `function`.
-  return (*found, 'alphafold') if _has_alphafold() else found
+  found = ['blocked', 'dense', 'published']
+  # Only whether they are there: importing them is left to `function`.
+  if _can_import('torch', 'einops', 'invariant_point_attention'):
+    found.insert(0, 'lucidrains')
+  if has_alphafold():
+    found.append('alphafold')
+  return tuple(found)
 
 
 def run(
@@ -70,7 +79,7 @@ def run(
       args = inputs(n_res)
       want = expected(mode, args) if n_res <= _LARGEST_CHECKED else None
       measured = harness.compare(
-        {name: function(mode, name) for name in names},
+        {name: _candidate(mode, name) for name in names},
         args,
         case=f'{n_res} residues',
         want=want,
@@ -93,9 +102,9 @@ def run(
 
 def build(
   mode: Mode, n_res: int, candidate: str
-) -> tuple[Callable[..., Any], Sequence[Any]]:
+) -> tuple[Callable[..., Any] | harness.External, Sequence[Any]]:
   """The function of a candidate and its arguments, for a new process."""
-  return function(mode, candidate), inputs(n_res)
+  return _candidate(mode, candidate), inputs(n_res)
 
 
 def inputs(n_res: int) -> tuple[Any, ...]:
@@ -120,6 +129,9 @@ def inputs(n_res: int) -> tuple[Any, ...]:
     ),
     made,
   )
+  for path, values in params.items():
+    if path.endswith(('_scalar', '_local')):
+      values['bias'] = jnp.zeros_like(values['bias'])
   return (params, *arrays)
 
 
@@ -135,10 +147,16 @@ def expected(mode: Mode, args: Sequence[Any]) -> Any:
     return jax.tree.map(np.asarray, jax.jit(function(mode, 'dense'))(*wide))
 
 
+def _candidate(mode: Mode, name: str) -> Callable[..., Any] | harness.External:
+  if name == 'lucidrains':
+    return harness.External(functools.partial(_lucidrains, mode))
+  return function(mode, name)
+
+
 def function(mode: Mode, candidate: str) -> Callable[..., Any]:
-  """A candidate as a function of `inputs`."""
+  """A JAX candidate as a function of `inputs`."""
   if candidate == 'published':
-    apply = _transform(_published)
+    apply = _transform(published)
   elif candidate == 'alphafold':
     apply = _transform(_alphafold)
   else:
@@ -173,10 +191,12 @@ def _transform(fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
   return hk.without_apply_rng(hk.transform(fn)).apply
 
 
-def _published(single, pair, rotation, translation, mask):
-  """AF2's monomer as released, tensors and all."""
+def published(
+  single, pair, rotation, translation, mask, scope='invariant_point_attention'
+):
+  """AF2's monomer as released, tensors and all, as a Haiku function."""
   n_res = single.shape[0]
-  params = functools.partial(_linear, 'invariant_point_attention')
+  params = functools.partial(linear, scope)
 
   def to_global(local: jax.Array) -> list[jax.Array]:
     points = jnp.split(local, 3, -1)
@@ -201,7 +221,7 @@ def _published(single, pair, rotation, translation, mask):
   v_point = [x[..., _P_QK:] for x in kv_point]
 
   head_weights = jax.nn.softplus(
-    _parameter('invariant_point_attention', 'trainable_point_weights', (_HEAD,))
+    parameter(scope, 'trainable_point_weights', (_HEAD,))
   )
   point_weights = np.sqrt(1 / (3 * _P_QK * 9 / 2)) * head_weights
   squared = sum(
@@ -238,12 +258,13 @@ def _published(single, pair, rotation, translation, mask):
   return params('output_projection', jnp.concatenate(result, -1), _C_S)
 
 
-def _linear(scope: str, name: str, x: jax.Array, size: int) -> jax.Array:
-  weights = _parameter(f'{scope}/{name}', 'weights', (x.shape[-1], size))
-  return x @ weights + _parameter(f'{scope}/{name}', 'bias', (size,))
+def linear(scope: str, name: str, x: jax.Array, size: int) -> jax.Array:
+  """A `Linear` of another module by its path."""
+  weights = parameter(f'{scope}/{name}', 'weights', (x.shape[-1], size))
+  return x @ weights + parameter(f'{scope}/{name}', 'bias', (size,))
 
 
-def _parameter(path: str, name: str, shape: tuple[int, ...]) -> jax.Array:
+def parameter(path: str, name: str, shape: tuple[int, ...]) -> jax.Array:
   """A parameter under a full path, from a function without modules."""
   return _Scope(path)(name, shape)
 
@@ -259,11 +280,13 @@ class _Scope(hk.Module):
     return hk.get_parameter(name, shape, init=jnp.zeros)
 
 
-def _has_alphafold() -> bool:
-  return all(
-    importlib.util.find_spec(name) is not None
-    for name in ('alphafold', 'ml_collections', 'tree')
-  )
+def has_alphafold() -> bool:
+  """Whether DeepMind's classes can be imported."""
+  return _can_import('alphafold', 'ml_collections', 'tree')
+
+
+def _can_import(*names: str) -> bool:
+  return all(importlib.util.find_spec(name) is not None for name in names)
 
 
 def _alphafold(single, pair, rotation, translation, mask):
@@ -294,3 +317,74 @@ def _alphafold(single, pair, rotation, translation, mask):
     mask=mask[:, None].astype(single.dtype),
     affine=affine,
   )
+
+
+def _lucidrains(
+  mode: Mode, params, single, pair, rotation, translation, mask
+) -> Callable[[], Any]:
+  """The torch module with our weights, ready to be called."""
+  torch: Any = importlib.import_module('torch')
+  package: Any = importlib.import_module('invariant_point_attention')
+  module = package.InvariantPointAttention(
+    dim=_C_S,
+    heads=_HEAD,
+    scalar_key_dim=_QK,
+    scalar_value_dim=_V,
+    point_key_dim=_P_QK,
+    point_value_dim=_P_V,
+    pairwise_repr_dim=_C_Z,
+  )
+  names = {
+    path.rpartition('/')[2]: {n: np.asarray(x) for n, x in values.items()}
+    for path, values in params.items()
+  }
+
+  def points(weights: np.ndarray) -> np.ndarray:
+    """From all x, all y, all z to x, y, z of each point."""
+    return np.moveaxis(weights, 1, -1).reshape(len(weights), -1).T
+
+  k, v = np.split(
+    names['kv_scalar']['weights'].reshape(_C_S, _HEAD, -1), [_QK], -1
+  )
+  q_point = names['q_point_local']['weights'].reshape(_C_S, 3, _HEAD, -1)
+  kv_point = names['kv_point_local']['weights'].reshape(_C_S, 3, _HEAD, -1)
+  sizes = np.cumsum([_HEAD * _V] + 3 * [_HEAD * _P_V])
+  scalar, x, y, z, rest = np.split(names['output_projection']['weights'], sizes)
+  local = np.stack([x, y, z], 1).reshape(-1, _C_S)
+  outer = names['invariant_point_attention']
+  state = {
+    'to_scalar_q.weight': names['q_scalar']['weights'].T,
+    'to_scalar_k.weight': k.reshape(_C_S, -1).T,
+    'to_scalar_v.weight': v.reshape(_C_S, -1).T,
+    'to_point_q.weight': points(q_point),
+    'to_point_k.weight': points(kv_point[..., :_P_QK]),
+    'to_point_v.weight': points(kv_point[..., _P_QK:]),
+    'point_weights': outer['trainable_point_weights'],
+    'to_pairwise_attn_bias.0.weight': names['attention_2d']['weights'].T,
+    'to_pairwise_attn_bias.0.bias': names['attention_2d']['bias'],
+    'to_out.weight': np.concatenate([scalar, local, rest]).T,
+    'to_out.bias': names['output_projection']['bias'],
+  }
+  module.load_state_dict(
+    {name: torch.tensor(np.array(value)) for name, value in state.items()}
+  )
+  arrays = (single, pair, np.swapaxes(rotation, 1, 2), translation)
+  floats = [torch.tensor(np.array(x))[None] for x in arrays]
+  real = torch.tensor(np.array(mask))[None]
+
+  def forward() -> Any:
+    s, z, r, t = floats
+    out = module(s, z, rotations=r, translations=t, mask=real)[0]
+    return out * real[0, :, None]
+
+  def forward_alone() -> Any:
+    with torch.no_grad():
+      return forward().numpy()
+
+  def forward_backward() -> None:
+    leaves = [x.requires_grad_() for x in floats]
+    torch.autograd.grad(
+      torch.sin(forward()).mean(), [*module.parameters(), *leaves]
+    )
+
+  return forward_alone if mode == 'forward' else forward_backward

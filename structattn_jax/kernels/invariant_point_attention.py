@@ -31,9 +31,8 @@ class Rows(NamedTuple):
   translation: jax.Array  # [n, 3]
   mask: jax.Array  # [n] bool
   bias: jax.Array | None = None  # [n, n_head, n_res] precomputed pair logits
-  pair_queries: jax.Array | None = (
-    None  # [n, n_head, c], their products with the pair
-  )
+  # [n, n_head, c]: their products with the pair are logits too.
+  pair_queries: jax.Array | None = None
   pair: jax.Array | None = None  # [n, n_res, c]
 
 
@@ -45,9 +44,10 @@ class Context(NamedTuple):
   translation: jax.Array  # [n_res, 3]
   mask: jax.Array  # [n_res] bool
   distance_weight: jax.Array  # [n_head], factor of -|t_i - t_j|^2
-  shared_pair: jax.Array | None = (
-    None  # [n_res, c], a pair that is the same per row
-  )
+  # [n_res, c], a pair that is the same for all rows.
+  shared_pair: jax.Array | None = None
+  # [n_head, c], pair queries that are the same for all rows.
+  shared_pair_queries: jax.Array | None = None
 
 
 class Result(NamedTuple):
@@ -58,9 +58,14 @@ class Result(NamedTuple):
 
 
 def pair_logits(queries: jax.Array, pair: jax.Array) -> jax.Array:
-  """[n, n_head, c] x [n, m, c] or [m, c] -> [n, n_head, m] in float32."""
+  """[n, n_head, c] or [n_head, c] with [n, m, c] or [m, c].
+
+  Returns [n, n_head, m] in float32. On CPU shared queries are three times
+  faster than broadcast ones on a whole pair, and slower on a block of it.
+  """
+  of_rows = 'ihc' if queries.ndim == 3 else 'hc'
   keys = 'jc' if pair.ndim == 2 else 'ijc'
-  return _einsum(f'ihc,{keys}->ihj', queries.astype(pair.dtype), pair)
+  return _einsum(f'{of_rows},{keys}->ihj', queries.astype(pair.dtype), pair)
 
 
 def _pair_values(weights: jax.Array, pair: jax.Array) -> jax.Array:
@@ -99,8 +104,10 @@ def _logits(rows: Rows, context: Context) -> tuple[jax.Array, jax.Array]:
   logits -= context.distance_weight[:, None] * squared[:, None]
   if rows.bias is not None:
     logits += rows.bias
-  elif rows.pair_queries is not None and pair is not None:
+  elif pair is not None and rows.pair_queries is not None:
     logits += pair_logits(rows.pair_queries, pair)
+  elif pair is not None and context.shared_pair_queries is not None:
+    logits += pair_logits(context.shared_pair_queries, pair)
   return logits, squared
 
 
@@ -142,7 +149,7 @@ def _blocked_forward(
   starts, join = _schedule(n_res, block)
 
   def step(start: jax.Array) -> tuple[Result, jax.Array]:
-    own = _rows_from(rows, start, block)
+    own = _block_of(rows, context, start, block)
     logits, _ = _logits(own, context)
     mask = _key_mask(own, context)
     lowest = jnp.finfo(logits.dtype).min
@@ -169,11 +176,10 @@ def _blocked_backward(
   if results.pair is not None:
     delta += jnp.sum(gradient.pair * results.pair, -1)
   per_row = (gradient, delta, log_total)
-  has_bias_products = rows.bias is None and rows.pair_queries is not None
 
   def step(carry: _Carry, scheduled: jax.Array) -> tuple[_Carry, Any]:
     start, owned_from = scheduled
-    own = _rows_from(rows, start, block)
+    own = _block_of(rows, context, start, block)
     own_gradient, own_delta, own_log = _rows_from(per_row, start, block)
     # The first block may overlap rows that a later one owns.
     is_owned = (start + jnp.arange(block) >= owned_from)[:, None]
@@ -216,12 +222,16 @@ def _blocked_backward(
     )
 
     # The pair: one product for what logits and values send back.
-    d_pair_queries, d_pair, d_shared = None, carry.pair, carry.shared_pair
+    d_pair_queries, d_shared_queries = None, carry.shared_pair_queries
+    d_pair, d_shared = carry.pair, carry.shared_pair
     if pair is not None:
       sent, by = [weights], [own_gradient.pair]
-      if has_bias_products:
-        d_pair_queries = _pair_values(d_logits, pair)
+      if own.bias is None and own.pair_queries is not None:
         sent, by = [d_logits, weights], [own.pair_queries, own_gradient.pair]
+        d_pair_queries = _pair_values(d_logits, pair)
+        if d_shared_queries is not None:
+          d_shared_queries += jnp.sum(d_pair_queries, 0)
+          d_pair_queries = None
       sent = jnp.swapaxes(jnp.concatenate(sent, 1), 1, 2).astype(pair.dtype)
       by = jnp.concatenate([x.astype(pair.dtype) for x in by], 1)
       if d_shared is not None:
@@ -232,7 +242,13 @@ def _blocked_backward(
           d_pair, rows_sent, start, 0
         )
     carry = _Carry(
-      d_keys, d_values, d_translation, d_distance_weight, d_shared, d_pair
+      d_keys,
+      d_values,
+      d_translation,
+      d_distance_weight,
+      d_shared,
+      d_shared_queries,
+      d_pair,
     )
     d_bias = None if rows.bias is None else d_logits
     return carry, (d_queries, d_own_translation, d_bias, d_pair_queries)
@@ -246,14 +262,14 @@ def _blocked_backward(
         context.translation,
         context.distance_weight,
         context.shared_pair,
+        context.shared_pair_queries,
         rows.pair,
       ),
     )
   )
-  if carry.shared_pair is not None:
-    carry = carry._replace(
-      shared_pair=numerics.at_least_float32(carry.shared_pair)
-    )
+  # Sums over blocks; each block writes its own rows of the pair.
+  summed = jax.tree.map(numerics.at_least_float32, carry._replace(pair=None))
+  carry = summed._replace(pair=carry.pair)
   owned_from = (
     starts if n_res % block == 0 else starts.at[0].set(n_res // block * block)
   )
@@ -284,6 +300,7 @@ def _blocked_backward(
       none,
       carry.distance_weight,
       like(carry.shared_pair, context.shared_pair),
+      like(carry.shared_pair_queries, context.shared_pair_queries),
     ),
   )
 
@@ -299,6 +316,7 @@ class _Carry(NamedTuple):
   translation: jax.Array
   distance_weight: jax.Array
   shared_pair: jax.Array | None
+  shared_pair_queries: jax.Array | None
   pair: jax.Array | None  # Each block writes its own rows.
 
 
@@ -306,6 +324,16 @@ def _rows_from(tree: Any, start: jax.Array, block: int) -> Any:
   return jax.tree.map(
     lambda x: jax.lax.dynamic_slice_in_dim(x, start, block), tree
   )
+
+
+def _block_of(rows: Rows, context: Context, start: jax.Array, n: int) -> Rows:
+  own: Rows = _rows_from(rows, start, n)
+  shared = context.shared_pair_queries
+  if shared is not None:
+    own = own._replace(
+      pair_queries=jnp.broadcast_to(shared, (n, *shared.shape))
+    )
+  return own
 
 
 def _schedule(n_res: int, block: int) -> tuple[jax.Array, Any]:

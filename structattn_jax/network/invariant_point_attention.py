@@ -298,9 +298,9 @@ class InvariantPointAttention(hk.Module):
       [n_res, n_head, n_res] float32: query residue, head, key residue.
     """
     checks.check_shapes(pair=(pair, 'n_res n_res c_z'))
-    weights = self._pair_weights(pair.shape[-1], pair.dtype)
-    weights = jnp.broadcast_to(weights, (pair.shape[0], *weights.shape))
-    return kernel.pair_logits(weights, pair)
+    return kernel.pair_logits(
+      self._pair_weights(pair.shape[-1], pair.dtype), pair
+    )
 
   @hk.transparent
   def _project(self, single: jax.Array) -> tuple[tuple, tuple]:
@@ -428,11 +428,7 @@ class InvariantPointAttention(hk.Module):
     if pair is not None:
       weights = self._pair_weights(pair.shape[-1], pair.dtype)
       if pair_bias is None:
-        rows = rows._replace(
-          pair_queries=jnp.broadcast_to(
-            weights, (pair.shape[0], *weights.shape)
-          )
-        )
+        context = context._replace(shared_pair_queries=weights)
       rows = rows._replace(pair=pair)
     return rows, context
 

@@ -24,6 +24,17 @@ import numpy as np
 from structattn_jax.common import numerics
 
 
+class PairGradientSlots(NamedTuple):
+  """Zeros whose cotangents are the factors of the pair's gradient.
+
+  A call of `blocked_attend` sends its attention weights and the gradient of its
+  pair result here, see `defer_pair_gradient`.
+  """
+
+  weights: jax.Array  # [n, n_head, n_res]
+  gradient: jax.Array  # [n, n_head, c]
+
+
 class Rows(NamedTuple):
   """What one query row needs; n rows are all residues or a block of them."""
 
@@ -34,6 +45,8 @@ class Rows(NamedTuple):
   # [n, n_head, c]: their products with the pair are logits too.
   pair_queries: jax.Array | None = None
   pair: jax.Array | None = None  # [n, n_res, c]
+  # Where the gradient of pair values goes instead of to the pair.
+  pair_gradient: PairGradientSlots | None = None
 
 
 class Context(NamedTuple):
@@ -224,7 +237,10 @@ def _blocked_backward(
     # The pair: one product for what logits and values send back.
     d_pair_queries, d_shared_queries = None, carry.shared_pair_queries
     d_pair, d_shared = carry.pair, carry.shared_pair
-    if pair is not None:
+    d_slots = None
+    if own.pair_gradient is not None:
+      d_slots = PairGradientSlots(weights, own_gradient.pair)
+    elif pair is not None:
       sent, by = [weights], [own_gradient.pair]
       if own.bias is None and own.pair_queries is not None:
         sent, by = [d_logits, weights], [own.pair_queries, own_gradient.pair]
@@ -251,7 +267,13 @@ def _blocked_backward(
       d_pair,
     )
     d_bias = None if rows.bias is None else d_logits
-    return carry, (d_queries, d_own_translation, d_bias, d_pair_queries)
+    return carry, (
+      d_queries,
+      d_own_translation,
+      d_bias,
+      d_pair_queries,
+      d_slots,
+    )
 
   carry = _Carry(
     *jax.tree.map(
@@ -263,7 +285,7 @@ def _blocked_backward(
         context.distance_weight,
         context.shared_pair,
         context.shared_pair_queries,
-        rows.pair,
+        None if rows.pair_gradient else rows.pair,
       ),
     )
   )
@@ -274,7 +296,9 @@ def _blocked_backward(
     starts if n_res % block == 0 else starts.at[0].set(n_res // block * block)
   )
   carry, by_row = jax.lax.scan(step, carry, jnp.stack([starts, owned_from], 1))
-  d_queries, d_translation, d_bias, d_pair_queries = jax.tree.map(join, by_row)
+  d_queries, d_translation, d_bias, d_pair_queries, d_slots = jax.tree.map(
+    join, by_row
+  )
 
   def like(gradient: jax.Array | None, primal: jax.Array | None) -> Any:
     if primal is None:
@@ -291,7 +315,8 @@ def _blocked_backward(
       none,
       like(d_bias, rows.bias),
       like(d_pair_queries, rows.pair_queries),
-      carry.pair,
+      like(carry.pair, rows.pair),
+      d_slots,
     ),
     Context(
       carry.keys,
@@ -306,6 +331,59 @@ def _blocked_backward(
 
 
 blocked_attend.defvjp(_blocked_forward, _blocked_backward)
+
+
+def defer_pair_gradient(
+  pair: jax.Array, num_calls: int, num_head: int
+) -> tuple[jax.Array, PairGradientSlots]:
+  """Lets calls of `blocked_attend` with one pair share its gradient.
+
+  The gradient of the weighted pair rows, sum_j w_j z_j, is an outer product per
+  call, as large as the pair. With this its factors are collected, and the sum
+  over all calls is one product.
+
+  Args:
+    pair: [n_res, n_res, c] float.
+    num_calls: calls that share it.
+    num_head: heads of each.
+
+  Returns:
+    The pair to use in all calls, without a gradient of its own, and the slots
+    of the calls along a new first axis, for the rows' `pair_gradient`. Logits
+    must not come from that pair but from `bias`, made of the original.
+  """
+  return jax.lax.stop_gradient(pair), _slots(pair, num_calls, num_head)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _slots(pair: jax.Array, num_calls: int, num_head: int) -> PairGradientSlots:
+  dtype = numerics.at_least_float32(pair).dtype
+  n_res, _, c = pair.shape
+  return PairGradientSlots(
+    jnp.zeros((num_calls, n_res, num_head, n_res), dtype),
+    jnp.zeros((num_calls, n_res, num_head, c), dtype),
+  )
+
+
+def _slots_forward(
+  pair: jax.Array, num_calls: int, num_head: int
+) -> tuple[PairGradientSlots, jax.Array]:
+  return _slots(pair, num_calls, num_head), jnp.zeros((), pair.dtype)
+
+
+def _slots_backward(
+  num_calls: int, num_head: int, like: jax.Array, found: PairGradientSlots
+) -> tuple[jax.Array]:
+  del num_calls, num_head
+  gradient = _einsum(
+    'tihj,tihc->ijc',
+    found.weights.astype(like.dtype),
+    found.gradient.astype(like.dtype),
+  )
+  return (gradient.astype(like.dtype),)
+
+
+_slots.defvjp(_slots_forward, _slots_backward)
 
 
 class _Carry(NamedTuple):

@@ -183,6 +183,7 @@ class InvariantPointAttention(hk.Module):
     mask: jax.Array | None = None,
     *,
     pair_bias: jax.Array | None = None,
+    pair_gradient: kernel.PairGradientSlots | None = None,
     return_attention: bool = False,
   ) -> jax.Array | InvariantPointAttentionOutput:
     """Returns the update of the single representation.
@@ -196,6 +197,8 @@ class InvariantPointAttention(hk.Module):
       mask: [n_res] bool, True = real residue; None means all real.
       pair_bias: [n_res, n_head, n_res] from the method `pair_bias`, to be used
         instead of projecting `pair` again.
+      pair_gradient: the slots of this call from `share_pair`, whose pair and a
+        `pair_bias` of the original pair must then be given.
       return_attention: whether to return intermediates too (dense).
 
     Returns:
@@ -250,6 +253,7 @@ class InvariantPointAttention(hk.Module):
       scalars, (q_point, k_point, v_point), translation, mask
     )
     rows, context = self._add_pair(rows, context, pair, pair_bias)
+    rows = rows._replace(pair_gradient=pair_gradient)
     if return_attention:
       result, weights = kernel.attend(rows, context)
     else:
@@ -301,6 +305,23 @@ class InvariantPointAttention(hk.Module):
     return kernel.pair_logits(
       self._pair_weights(pair.shape[-1], pair.dtype), pair
     )
+
+  def share_pair(
+    self, pair: jax.Array, num_calls: int
+  ) -> tuple[jax.Array, kernel.PairGradientSlots | None]:
+    """Lets several calls with the same pair compute its gradient at once.
+
+    Args:
+      pair: [n_res, n_res, c_z] float.
+      num_calls: calls that will be made.
+
+    Returns:
+      The pair for these calls and their `pair_gradient` along a new first axis,
+      None where the implementation has no use for it.
+    """
+    if _query_block(self.config, pair.shape[0]) is None:
+      return pair, None
+    return kernel.defer_pair_gradient(pair, num_calls, self.config.num_head)
 
   @hk.transparent
   def _project(self, single: jax.Array) -> tuple[tuple, tuple]:
@@ -580,12 +601,22 @@ def _rotate(rotation: jax.Array, points: jax.Array) -> jax.Array:
 
 def _attention(config: InvariantPointAttentionConfig, n_res: int) -> Any:
   """The implementation that the config or the device asks for."""
+  block = _query_block(config, n_res)
+  if block is None:
+    return lambda rows, context: kernel.attend(rows, context)[0]
+  return functools.partial(kernel.blocked_attend, block)
+
+
+def _query_block(
+  config: InvariantPointAttentionConfig, n_res: int
+) -> int | None:
+  """Rows per block, None if dense."""
   on_cpu = jax.default_backend() == 'cpu'
   chosen = config.implementation
   if chosen is None:
     small = not on_cpu and n_res <= _ACCELERATOR_DENSE_LIMIT
     chosen = 'dense' if small else 'blocked'
   if chosen == 'dense' or not n_res:
-    return lambda rows, context: kernel.attend(rows, context)[0]
+    return None
   block = config.query_block or (_CPU_BLOCK if on_cpu else _ACCELERATOR_BLOCK)
-  return functools.partial(kernel.blocked_attend, min(block, n_res))
+  return min(block, n_res)

@@ -16,8 +16,9 @@ between iterations.
 Differs from released AF2: masked residues receive no update from attention (AF2
 lets them attend to everything), so their rows, which nobody should read,
 differ. The pair is normalised and projected to logits once instead of in each
-iteration, iterations are a scan, and side chains are built for all iterations
-together; none of this changes an output.
+iteration, iterations are a scan whose pair gradient is one product at the end,
+and side chains are built for all iterations together; none of this changes an
+output.
 """
 
 import dataclasses
@@ -257,6 +258,7 @@ class StructureModule(hk.Module):
     pair = hm.LayerNorm(name='pair_layer_norm')(pair)
     fold_iteration = FoldIteration(config)
     pair_bias = fold_iteration.pair_bias(pair)
+    pair, pair_gradients = fold_iteration.share_pair(pair)
 
     if config.parameterisation == 'monomer':
       frames = geometry.QuatAffine.identity((n_res,), act.dtype)
@@ -266,15 +268,24 @@ class StructureModule(hk.Module):
     if dropout_key is not None:
       keys = jax.random.split(dropout_key, config.num_layer)
 
-    def iterate(carry, key):
+    def iterate(carry, scanned):
+      key, pair_gradient = scanned
       act, frames = fold_iteration(
-        *carry, pair, mask, pair_bias=pair_bias, dropout_key=key
+        *carry,
+        pair,
+        mask,
+        pair_bias=pair_bias,
+        pair_gradient=pair_gradient,
+        dropout_key=key,
       )
       emitted = frames, act if config.sidechain_iterations == 'all' else None
       return (act, _stop_rotation_gradient(frames)), emitted
 
     (act, _), (trajectory, acts) = hk.scan(
-      iterate, (act, frames), keys, length=config.num_layer
+      iterate,
+      (act, frames),
+      (keys, pair_gradients),
+      length=config.num_layer,
     )
     trajectory = _scale_translation(trajectory, config.position_scale)
     if acts is None:
@@ -339,6 +350,7 @@ class FoldIteration(hk.Module):
     mask: jax.Array,
     *,
     pair_bias: jax.Array | None = None,
+    pair_gradient: Any = None,
     dropout_key: jax.Array | None = None,
   ) -> tuple[jax.Array, Frames]:
     """Returns the next single representation and the next frames.
@@ -350,6 +362,7 @@ class FoldIteration(hk.Module):
       pair: [n_res, n_res, c_z] float, already normalised.
       mask: [n_res] bool.
       pair_bias: from the method `pair_bias`; None computes it.
+      pair_gradient: of this iteration, from the method `share_pair`.
       dropout_key: PRNG key; None means no dropout.
 
     Returns:
@@ -362,7 +375,13 @@ class FoldIteration(hk.Module):
 
     # Lines 6-7.
     update = self._attention()(
-      act, pair, frames.rotation, frames.translation, mask, pair_bias=pair_bias
+      act,
+      pair,
+      frames.rotation,
+      frames.translation,
+      mask,
+      pair_bias=pair_bias,
+      pair_gradient=pair_gradient,
     )
     act += cast(jax.Array, update)
     act = _dropout(keys[0], config.dropout, act)
@@ -396,6 +415,18 @@ class FoldIteration(hk.Module):
       What `InvariantPointAttention` takes as `pair_bias`.
     """
     return self._attention().pair_bias(pair)
+
+  @hk.name_like('__call__')
+  def share_pair(self, pair: jax.Array) -> tuple[jax.Array, Any]:
+    """Lets all iterations compute the gradient of the pair at once.
+
+    Args:
+      pair: [n_res, n_res, c_z] float, already normalised.
+
+    Returns:
+      The pair for all iterations, and their `pair_gradient` to be scanned over.
+    """
+    return self._attention().share_pair(pair, self.config.num_layer)
 
   @hk.name_like('__call__')
   def torsion_angles(self, act: jax.Array, initial_act: jax.Array) -> jax.Array:

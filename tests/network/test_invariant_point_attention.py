@@ -326,6 +326,37 @@ def test_shared_pair_bias_changes_nothing(implementation):
   assert_close(value_and_gradient(shared.apply, params, pair), want)
 
 
+@pytest.mark.parametrize('implementation', ['dense', 'blocked'])
+def test_pair_gradient_shared_by_scanned_calls_changes_nothing(implementation):
+  config = sa.InvariantPointAttentionConfig(
+    num_head=3, zero_init=False, implementation=implementation, query_block=4
+  )
+
+  def calls(pair, is_shared, single, **inputs):
+    ipa = sa.InvariantPointAttention(config)
+    bias, slots = ipa.pair_bias(pair), None
+    if is_shared:
+      pair, slots = ipa.share_pair(pair, 3)
+
+    def step(single, slots):
+      update = ipa(single, pair, pair_bias=bias, pair_gradient=slots, **inputs)
+      return single + update, None
+
+    return hk.scan(step, single, slots, length=3)[0]
+
+  fn = hk.without_apply_rng(hk.transform(calls))
+  pair = PAIRS['full']
+  params = fn.init(jax.random.key(0), pair, False, **INPUTS)
+
+  def of(is_shared):
+    def apply(params, *, pair, **inputs):
+      return fn.apply(params, pair, is_shared, **inputs)
+
+    return value_and_gradient(apply, params, pair)
+
+  assert_close(of(True), of(False))
+
+
 def test_blocked_holds_no_logits_of_all_queries():
   n_res, n_head = 256, 6
   init, apply = sa.transform_ipa(

@@ -46,7 +46,7 @@ from structattn_jax.network.atom_cross_attention import (
   atom_cross_attention,
   transform_atom_cross_attention,
 )
-from structattn_jax.network.boltz_encoders import (
+from structattn_jax.network.boltz_token_attention import (
   TokenAttentionPool,
   TokenAttentionPoolConfig,
   transform_token_attention_pool,
@@ -78,10 +78,17 @@ from structattn_jax.network.sedd_dual_track import (
   DualTrack,
   DualTrackConfig,
   DualTrackOutput,
+  FinalLayer,
+  SeddConfig,
   TimestepEmbedder,
   TokenEmbedding,
   dual_track_states,
+  log_score,
+  sedd,
+  sedd_dual_track,
   transform_dual_track,
+  transform_sedd,
+  transform_sedd_dual_track,
 )
 from structattn_jax.network.structure_module import (
   StructureModule,
@@ -91,11 +98,11 @@ from structattn_jax.network.structure_module import (
 )
 
 if TYPE_CHECKING:
-  from structattn_jax import data, reference
+  from structattn_jax import data, discrete_diffusion, reference
 
 __version__ = '0.1.0'
 
-_LAZY = ('data', 'reference')
+_LAZY = ('data', 'discrete_diffusion', 'reference')
 
 __all__ = [
   'AtomCrossAttentionConfig',
@@ -109,6 +116,7 @@ __all__ = [
   'DualTrack',
   'DualTrackConfig',
   'DualTrackOutput',
+  'FinalLayer',
   'InvariantPointAttention',
   'InvariantPointAttentionConfig',
   'InvariantPointAttentionOutput',
@@ -116,6 +124,7 @@ __all__ = [
   'Linear',
   'LowRankPair',
   'Rigid',
+  'SeddConfig',
   'StructureModule',
   'StructureModuleConfig',
   'StructureModuleOutput',
@@ -130,16 +139,20 @@ __all__ = [
   'check_dtypes',
   'check_shapes',
   'data',
+  'discrete_diffusion',
   'dual_track_states',
   'frame_aligned_point_error',
   'geometry',
   'layer_norm',
+  'log_score',
   'masked_softmax',
   'max_segment_size',
   'multimer_backbone_loss',
   'reference',
   'required_neighbours',
   'safe_norm',
+  'sedd',
+  'sedd_dual_track',
   'segment_attention',
   'segment_broadcast',
   'segment_max',
@@ -153,6 +166,8 @@ __all__ = [
   'transform_atom_transformer',
   'transform_dual_track',
   'transform_ipa',
+  'transform_sedd',
+  'transform_sedd_dual_track',
   'transform_structure_module',
   'transform_token_attention_pool',
   'validate_rotations',

@@ -177,7 +177,7 @@ def load(
     is_text = stored is not None and stored.dtype.kind == 'U'
     text = stored.item() if is_text and not stored.shape else None
   else:
-    arrays, text = _read_safetensors(path)
+    arrays, text = read_safetensors(path)
   if text is None:
     raise CheckpointError(
       f'{path}: not written by structattn_jax; use `structattn convert` for '
@@ -405,9 +405,21 @@ def _npz_bytes(
   return buffer.getvalue()
 
 
-def _read_safetensors(
+def read_safetensors(
   path: Path,
 ) -> tuple[dict[str, np.ndarray], str | None]:
+  """Reads a safetensors file.
+
+  Args:
+    path: file to read.
+
+  Returns:
+    {name: array}, sorted by name, and our metadata if `save` wrote the file.
+
+  Raises:
+    CheckpointError: if the file cannot be read or is damaged.
+    ImportError: if the package safetensors is not installed.
+  """
   start = first_bytes(path, 9)
   if len(start) < 9 or start[8:] != b'{':
     raise CheckpointError(

@@ -3,6 +3,8 @@
 structattn run [FILE]             run the five systems on a complex
 structattn convert INPUT OUTPUT   take over published parameters
 structattn info FILE              say what a converted file holds
+structattn train CONFIG           train the protein-ligand diffusion model
+structattn sample CHECKPOINT      sample proteins and ligands from it
 structattn verify PATH...         replay recorded outputs of published code
 """
 
@@ -11,18 +13,36 @@ import dataclasses
 import json
 import pathlib
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
-from structattn_jax import checkpoint, convert, data, demo, verify
+import jax
+
+from structattn_jax import (
+  checkpoint,
+  convert,
+  data,
+  demo,
+  discrete_diffusion,
+  generate,
+  training,
+  verify,
+)
+from structattn_jax.network import sedd_dual_track
 
 # Exit status for input that cannot be used, as argparse gives for bad options.
 _BAD_INPUT = 2
 _CHECK_FAILED = 1
+# What a shell reports for a program that SIGTERM ended.
+_STOPPED = 143
 # Errors that are about what the user gave, not about this program.
 _EXPECTED = (
   checkpoint.CheckpointError,
+  data.PairFileError,
   data.StructureFileError,
+  generate.GenerateError,
+  training.RunError,
   ImportError,
   OSError,
 )
@@ -36,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
   Returns:
     0; 1 if `verify` finds a difference; 2 if a file or an option cannot be
-    used.
+    used; 143 if `train` was stopped by a signal and can go on.
   """
   parser = argparse.ArgumentParser(
     prog='structattn', description='Attention systems for structural biology.'
@@ -75,6 +95,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
   )
   run.set_defaults(function=_run)
   _add_convert(commands)
+  _add_train(commands)
+  _add_sample(commands)
   _add_verify(commands)
   options = parser.parse_args(arguments)
   try:
@@ -89,20 +111,26 @@ def _add_convert(commands: Any) -> None:
   parser = commands.add_parser(
     'convert',
     help='take over published parameters',
-    description='Converts a part of a published checkpoint (AlphaFold 2 '
-    'params_model_*.npz) into one file with parameters, configuration and '
-    'provenance. Every entry of the part must be there, be known and have the '
-    'right shape.',
+    description='Converts a part of a published checkpoint into one file with '
+    'parameters, configuration and provenance. Every entry of the part must '
+    'be there, be known and have the right shape. Formats and their parts: '
+    + '; '.join(
+      f'{kind.title}: {", ".join(kind.parts)}'
+      for kind in convert.FORMATS.values()
+    ),
   )
   parser.add_argument('input', type=pathlib.Path, help='published checkpoint')
   parser.add_argument(
     'output', type=pathlib.Path, help='.safetensors or .npz file to write'
   )
   parser.add_argument(
-    '--part',
-    choices=convert.PARTS,
-    default='structure_module',
-    help='what to take (default: %(default)s)',
+    '--part', help='what to take (default: the first part of the format)'
+  )
+  parser.add_argument(
+    '--weights',
+    choices=('model', 'ema'),
+    help='trained values or their moving averages, where a file has both '
+    '(default: what upstream runs with)',
   )
   parser.set_defaults(function=_convert)
   parser = commands.add_parser(
@@ -112,6 +140,106 @@ def _add_convert(commands: Any) -> None:
   )
   parser.add_argument('file', type=pathlib.Path)
   parser.set_defaults(function=_info)
+
+
+def _add_train(commands: Any) -> None:
+  parser = commands.add_parser(
+    'train',
+    help='train the protein-ligand diffusion model',
+    description='Trains a dual-track SEDD as a TOML file says, or goes on with '
+    'a run that was stopped: the same command in the same folder. SIGTERM and '
+    'Ctrl-C end a run with a checkpoint.',
+  )
+  parser.add_argument(
+    'config',
+    type=pathlib.Path,
+    help='TOML file, such as configs/sedd_protein_ligand_small.toml',
+  )
+  parser.add_argument(
+    '--out',
+    type=pathlib.Path,
+    help='folder of the run (default: runs/NAME_OF_CONFIG)',
+  )
+  parser.add_argument(
+    '--steps', type=int, help='number of steps, instead of that of the file'
+  )
+  parser.add_argument('--quiet', action='store_true', help='no progress bar')
+  hosts = parser.add_argument_group(
+    'several hosts', 'The same command on each, with its own --process-id.'
+  )
+  hosts.add_argument(
+    '--coordinator', help='HOST:PORT of the first process (jax.distributed)'
+  )
+  hosts.add_argument('--num-processes', type=int)
+  hosts.add_argument('--process-id', type=int)
+  parser.set_defaults(function=_train)
+
+
+def _add_sample(commands: Any) -> None:
+  parser = commands.add_parser(
+    'sample',
+    help='sample proteins and ligands',
+    description='Samples from a trained dual-track SEDD, writes CSV, FASTA and '
+    'SMILES, and measures the samples.',
+  )
+  parser.add_argument(
+    'checkpoint',
+    type=pathlib.Path,
+    help='folder of a training run, or a file of `train` or `convert`',
+  )
+  parser.add_argument(
+    '--mode',
+    choices=sedd_dual_track.MODES,
+    default='joint',
+    help='what is generated from what (default: %(default)s)',
+  )
+  parser.add_argument(
+    '--protein',
+    help='sequence: the context, or a template with <mask> for residues to be '
+    'filled in',
+  )
+  parser.add_argument('--ligand', help='SMILES, likewise')
+  parser.add_argument(
+    '--num', type=int, default=16, help='samples (default: %(default)s)'
+  )
+  parser.add_argument(
+    '--protein-length',
+    type=int,
+    help='residues (default: as in the training set)',
+  )
+  parser.add_argument(
+    '--ligand-length',
+    type=int,
+    help='SMILES tokens (default: as the model has learned)',
+  )
+  sampler = discrete_diffusion.SamplerConfig()
+  parser.add_argument('--steps', type=int, default=sampler.steps)
+  parser.add_argument(
+    '--predictor', choices=('analytic', 'euler'), default=sampler.predictor
+  )
+  parser.add_argument('--temperature', type=float, default=sampler.temperature)
+  parser.add_argument('--top-p', type=float, default=sampler.top_p)
+  parser.add_argument('--seed', type=int, default=0)
+  parser.add_argument(
+    '--vocabulary',
+    type=pathlib.Path,
+    help='SMILES vocabulary of a checkpoint without one',
+  )
+  parser.add_argument(
+    '--training',
+    type=pathlib.Path,
+    help='CSV or Parquet table for the novelty (default: that of the run)',
+  )
+  parser.add_argument(
+    '--out',
+    type=pathlib.Path,
+    default=pathlib.Path('out/samples'),
+    help='folder for the samples (default: %(default)s)',
+  )
+  parser.add_argument(
+    '--json', action='store_true', help='print the metrics as JSON'
+  )
+  parser.set_defaults(function=_sample)
 
 
 def _add_verify(commands: Any) -> None:
@@ -139,7 +267,13 @@ def _convert(options: argparse.Namespace) -> int:
     checkpoint.check_suffix(options.output)
   except ValueError as error:
     raise checkpoint.CheckpointError(str(error)) from None
-  written = convert.convert_file(options.input, options.output, options.part)
+  with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter('always', convert.DeadParametersWarning)
+    written = convert.convert_file(
+      options.input, options.output, options.part, weights=options.weights
+    )
+  for warning in caught:
+    print(f'structattn: warning: {warning.message}', file=sys.stderr)
   print(f'{options.output}: {convert.describe(written)}')
   return 0
 
@@ -147,6 +281,87 @@ def _convert(options: argparse.Namespace) -> int:
 def _info(options: argparse.Namespace) -> int:
   content = checkpoint.load(options.file)
   print(f'{options.file}: {convert.describe(content)}')
+  return 0
+
+
+def _train(options: argparse.Namespace) -> int:
+  def report(message: str) -> None:
+    print(f'structattn: {message}', file=sys.stderr, flush=True)
+
+  if options.coordinator is not None:
+    jax.distributed.initialize(
+      options.coordinator, options.num_processes, options.process_id
+    )
+  try:
+    config = training.TrainConfig.from_toml(options.config)
+    if options.steps is not None:
+      config = dataclasses.replace(config, steps=options.steps)
+  except (TypeError, ValueError) as error:
+    raise training.RunError(str(error)) from None
+  folder = options.out or pathlib.Path('runs') / options.config.stem
+  result = training.train(
+    config, folder, report=report, progress=not options.quiet
+  )
+  if result.interrupted:
+    report(f'stopped at step {result.step}; the same command goes on')
+    return _STOPPED
+  if jax.process_index() == 0:
+    print(f'{folder}: {result.step} steps; perplexity bounds per token:')
+    for mode, bound in result.bounds.items():
+      print(f'  {mode:22} {bound:8.3f}')
+  return 0
+
+
+def _sample(options: argparse.Namespace) -> int:
+  model = generate.load_model(options.checkpoint, vocabulary=options.vocabulary)
+  try:
+    sampler = discrete_diffusion.SamplerConfig(
+      steps=options.steps,
+      predictor=options.predictor,
+      temperature=options.temperature,
+      top_p=options.top_p,
+    )
+  except ValueError as error:
+    raise generate.GenerateError(str(error)) from None
+  if options.training is not None:
+    known = data.read_pairs(options.training)
+  elif model.settings is not None:
+    known = training.read_pairs(model.settings.data)
+  else:
+    known = None
+  samples = generate.generate(
+    model,
+    jax.random.key(options.seed),
+    mode=options.mode,
+    num=options.num,
+    protein=options.protein,
+    ligand=options.ligand,
+    protein_length=options.protein_length,
+    ligand_length=options.ligand_length,
+    sampler=sampler,
+  )
+  metrics = generate.measure(samples, known)
+  files = generate.write(options.out, samples, metrics)
+  if options.json:
+    print(json.dumps(metrics, indent=2))
+    return 0
+  for track in samples.generated:
+    shown = {
+      name: value
+      for name, value in metrics[track].items()
+      if name not in ('canonical', 'composition')
+    }
+    print(
+      f'{track}: '
+      + ', '.join(
+        f'{name.replace("_", " ")} '
+        + (f'{value:.3g}' if isinstance(value, float) else str(value))
+        for name, value in shown.items()
+      )
+    )
+    for text in (getattr(samples, track) or ())[:4]:
+      print(f'  {text}')
+  print('files: ' + ', '.join(str(file) for file in files))
   return 0
 
 

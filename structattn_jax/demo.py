@@ -18,7 +18,7 @@ import numpy as np
 
 from structattn_jax import data, systems, testing
 from structattn_jax.network import atom_cross_attention as aca
-from structattn_jax.network import boltz_encoders as boltz
+from structattn_jax.network import boltz_token_attention as boltz
 from structattn_jax.network import invariant_point_attention as ipa
 from structattn_jax.network import pallatom_atom_transformers as pallatom
 from structattn_jax.network import sedd_dual_track as sedd

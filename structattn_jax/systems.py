@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from structattn_jax.network import atom_cross_attention as aca
-from structattn_jax.network import boltz_encoders, sedd_dual_track
+from structattn_jax.network import boltz_token_attention, sedd_dual_track
 from structattn_jax.network import invariant_point_attention as ipa
 from structattn_jax.network import pallatom_atom_transformers as pallatom
 from structattn_jax.reference import atom_cross_attention as aca_reference
@@ -142,7 +142,7 @@ def atom_cross_attention(config: aca.AtomCrossAttentionConfig) -> System:
 
 
 def token_attention_pool(
-  config: boltz_encoders.TokenAttentionPoolConfig, num_tokens: int
+  config: boltz_token_attention.TokenAttentionPoolConfig, num_tokens: int
 ) -> System:
   """Boltz's atom attention encoder in the seed's form."""
 
@@ -160,7 +160,7 @@ def token_attention_pool(
     'boltz_token_attention',
     'Boltz atom attention within tokens',
     'Boltz AtomAttentionEncoder, simplified (seed 001)',
-    boltz_encoders.transform_token_attention_pool(
+    boltz_token_attention.transform_token_attention_pool(
       config, num_tokens=num_tokens
     ),
     oracle,
@@ -282,7 +282,7 @@ def torch_names(params: hk.Params, scope: str) -> dict[str, np.ndarray]:
     if path != scope and not path.startswith(f'{scope}/'):
       continue
     local = path.removeprefix(scope).removeprefix('/').replace('/', '.')
-    local = re.sub(r'(blocks|mlp)_(\d+)', r'\1.\2', local)
+    local = re.sub(r'(blocks|mlp|mlp_p)_(\d+)', r'\1.\2', local)
     for name, value in float64(values).items():
       key = f'{local}.{names[name]}' if local else names[name]
       out[key] = value.T if name == 'weights' else value

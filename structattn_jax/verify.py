@@ -16,7 +16,7 @@ from typing import Any
 
 from structattn_jax import replay
 from structattn_jax.checkpoint import CheckpointError
-from structattn_jax.replay import Row
+from structattn_jax.replay import Row, af3_checkpoint, torch_checkpoint
 
 Path = str | os.PathLike[str]
 
@@ -54,7 +54,9 @@ def verify(
   """Replays golden files through the public API and compares every array.
 
   Args:
-    paths: npz files, or folders, which are searched for them recursively.
+    paths: npz files, AlphaFold 3 parameter files (see
+      `replay.af3_checkpoint`), checkpoints of PyTorch models (see
+      `replay.torch_checkpoint`), or folders, which are searched for all.
     progress: called with the name of each file before it is replayed.
 
   Returns:
@@ -65,28 +67,53 @@ def verify(
   errors: list[str] = []
   for path in map(pathlib.Path, paths):
     named = not path.is_dir()
-    files = [path] if named else sorted(path.rglob('*.npz'))
+    files = [path]
+    if not named:
+      files = [
+        *(
+          file
+          for file in sorted(path.rglob('*.npz'))
+          # The outputs of a checkpoint that is found itself.
+          if torch_checkpoint.described(file) is None
+        ),
+        *af3_checkpoint.find(path),
+        *torch_checkpoint.find(path),
+      ]
     if not files:
       errors.append(f'{path}: no npz files in this folder')
     for file in files:
       try:
-        golden = replay.Golden.read(file, file.stem)
-        if progress is not None and replay.is_known(golden):
-          progress(f'{golden.case} ({golden.meta["kind"]})')
-        found = replay.run(golden)
+        found, left = _replay(file, progress or (lambda message: None))
       except replay.NotAGoldenError as error:
         (errors if named else notes).append(f'not replayed: {file}: {error}')
-      except (CheckpointError, replay.GoldenError) as error:
+      except (CheckpointError, replay.GoldenError, ImportError) as error:
         text = str(error)
         errors.append(text if str(file) in text else f'{file}: {text}')
       else:
         rows += found
-        left = set(golden.outputs()) - {row.output for row in found}
         if left:
           notes.append(f'not replayed: {file}: {", ".join(sorted(left))}')
   if not rows and not errors:
     errors.append('no golden file could be replayed')
   return Report(tuple(rows), tuple(notes), tuple(errors))
+
+
+def _replay(
+  file: pathlib.Path, progress: Callable[[str], None]
+) -> tuple[list[Row], set[str]]:
+  """The compared arrays of one file, and outputs that are left."""
+  if af3_checkpoint.is_model(file):
+    progress(f'{file.name} (AlphaFold 3 parameters)')
+    return af3_checkpoint.run(file), set()
+  file = torch_checkpoint.described(file) or file
+  if torch_checkpoint.is_checkpoint(file):
+    progress(f'{file.name} (PyTorch parameters)')
+    return torch_checkpoint.run(file), set()
+  golden = replay.Golden.read(file, file.stem)
+  if replay.is_known(golden):
+    progress(f'{golden.case} ({golden.meta["kind"]})')
+  found = replay.run(golden)
+  return found, set(golden.outputs()) - {row.output for row in found}
 
 
 def to_json(rows: Iterable[Row]) -> list[dict[str, Any]]:

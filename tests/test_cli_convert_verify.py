@@ -21,7 +21,7 @@ def run(*arguments) -> int:
 
 
 @pytest.mark.parametrize('suffix', checkpoint.SUFFIXES)
-@pytest.mark.parametrize('part', convert.PARTS)
+@pytest.mark.parametrize('part', convert.FORMATS['alphafold2'].parts)
 def test_convert_writes_parameters_config_and_provenance(
   part, suffix, tmp_path, capsys
 ):
@@ -58,7 +58,7 @@ def test_convert_writes_parameters_config_and_provenance(
   ('source', 'target', 'message'),
   [
     ('gone.npz', 'out.npz', 'No such file'),
-    (GOLDEN, 'out.npz', 'without AlphaFold 2 parameters'),
+    (GOLDEN, 'out.npz', 'without parameters of a known model'),
     ('cut.npz', 'out.npz', 'damaged'),
     ('text.npz', 'out.npz', 'unknown format'),
     ('empty.npz', 'out.npz', 'empty'),
@@ -120,6 +120,19 @@ def test_convert_of_what_is_converted_says_so(tmp_path, capsys):
   assert 'would replace the source' in capsys.readouterr().err
   assert run('info', SAMPLE) == 2
   assert 'structattn convert' in capsys.readouterr().err
+
+
+def test_convert_warns_of_dead_parameters_in_one_line(tmp_path, capsys):
+  source = GOLDENS / 'sedd_protein_ligand/checkpoints/protlig_checkpoint.pth'
+  output = tmp_path / 'out.npz'
+  assert run('convert', source, output, '--weights', 'model') == 0
+  printed = capsys.readouterr()
+  (line,) = printed.err.splitlines()
+  assert line.startswith(f'structattn: warning: {source}: left out')
+  assert 'transformer.blocks_lig.0.norm3.bias' in line
+  assert 'weights: model' in printed.out
+  assert run('info', output) == 0
+  assert capsys.readouterr().out == printed.out
 
 
 def test_verify_prints_a_table(capsys):

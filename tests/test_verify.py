@@ -61,7 +61,8 @@ def kind_of(path) -> tuple[str, str] | None:
     if 'meta' not in file.files:
       return None
     meta = json.loads(file['meta'].item())
-  return meta['system'], meta['kind']
+  # What checkpoints give has neither.
+  return meta.get('system'), meta.get('kind')
 
 
 def files() -> list[pathlib.Path]:
@@ -84,7 +85,8 @@ def test_all_goldens_hold(report):
   assert not failed
   assert not report.errors
   assert report.status == 0
-  assert {row.case for row in report.rows} == {path.stem for path in files()}
+  # Checkpoints have rows, too.
+  assert {path.stem for path in files()} <= {row.case for row in report.rows}
 
 
 def test_every_kind_has_a_golden_here():

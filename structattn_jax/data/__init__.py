@@ -10,6 +10,11 @@ import importlib.resources
 import pathlib
 from typing import NamedTuple
 
+from structattn_jax.data.alphafold3 import (
+  alphafold3_batch,
+  alphafold3_windows,
+  featurise_alphafold3,
+)
 from structattn_jax.data.buckets import (
   DEFAULT_ATOM_BUCKETS,
   DEFAULT_TOKEN_BUCKETS,
@@ -30,6 +35,21 @@ from structattn_jax.data.feature_types import (
   TokenFeatures,
 )
 from structattn_jax.data.features import featurise, protein_only
+from structattn_jax.data.pair_batches import (
+  PairBatch,
+  PairBatches,
+  cover_pairs,
+  pad_tokens,
+)
+from structattn_jax.data.protein_ligand import (
+  EncodedPairs,
+  EncodingReport,
+  PairFileError,
+  ProteinLigandPair,
+  bundled_pairs,
+  encode_pairs,
+  read_pairs,
+)
 from structattn_jax.data.structures import (
   LigandSmiles,
   Structure,
@@ -52,23 +72,37 @@ __all__ = (
   'AtomFeatures',
   'ComplexFeatures',
   'ComplexMetadata',
+  'EncodedPairs',
+  'EncodingReport',
   'ExampleFiles',
   'LigandEntry',
   'LigandSmiles',
+  'PairBatch',
+  'PairBatches',
+  'PairFileError',
   'ProteinFeatures',
+  'ProteinLigandPair',
   'ProteinSequence',
   'ProteinTokenizer',
   'SmilesTokenizer',
   'Structure',
   'StructureFileError',
   'TokenFeatures',
+  'alphafold3_batch',
+  'alphafold3_windows',
+  'bundled_pairs',
   'choose_bucket',
+  'cover_pairs',
+  'encode_pairs',
   'example',
   'featurise',
+  'featurise_alphafold3',
   'ligand_smiles',
   'load_structure',
   'pad_features',
+  'pad_tokens',
   'protein_only',
+  'read_pairs',
 )
 
 _EXAMPLES = {

@@ -61,6 +61,8 @@ class AtomFeatures:
 
   Attributes:
     token_index: [n_atom] int32, non-decreasing.
+    dense_slot: [n_atom] int32, place in AF3's dense layout of 24 slots per
+      token: that of the atom in the component, 0 for atom tokens.
     mask: [n_atom] bool, True for real atoms, False for padding.
     position: [n_atom, 3] float32, angstrom, as in the file.
     position_mask: [n_atom] bool, True where the file has a position.
@@ -76,6 +78,7 @@ class AtomFeatures:
   """
 
   token_index: np.ndarray
+  dense_slot: np.ndarray
   mask: np.ndarray
   position: np.ndarray
   position_mask: np.ndarray

@@ -5,7 +5,7 @@ Tokens and reference features follow Abramson et al. (2024), Suppl. 2.6 and
 of modified residues. Frames follow Jumper et al. (2021), Suppl. Alg. 21, with
 CA as origin and C on the x axis, as AF2's `rigids_from_3_points(N, CA, C)`.
 
-Differs from AF3:
+Differs from AF3, whose own rules are in `alphafold3.py`:
   * Only atoms in the file are listed; AF3 lists those of the sequence.
   * `ref_pos` is the CCD's ideal conformer, centred on the listed heavy atoms
     of the residue, without random rotation and translation: deterministic.
@@ -65,29 +65,51 @@ def featurise(
   reference = _reference_rows(structure)
   order = reference.pop('order')
   atom_residue = structure.atom_residue[order]
+  reference['ref_pos'] = _centred(
+    reference['ref_pos'],
+    reference['ref_mask'],
+    atom_residue,
+    structure.n_residue,
+  )
+  return assemble(structure, order, atom_residue, **reference)
 
+
+def assemble(
+  structure: structures.Structure,
+  source: np.ndarray,
+  atom_residue: np.ndarray,
+  **atom_features: np.ndarray,
+) -> ComplexFeatures:
+  """Makes tokens of atoms that are listed already.
+
+  Args:
+    structure: where they are from.
+    source: [n_atom] integer, atom of the structure; -1 if it is not there.
+    atom_residue: [n_atom] integer, its residue, non-decreasing.
+    **atom_features: `dense_slot` and all `ref_...` of `AtomFeatures` except
+      `ref_space_uid`.
+
+  Returns:
+    NumPy features.
+  """
+  kind = structure.residue_kind
   # Residue tokens start at the first atom of the residue, atom tokens at
   # every atom; the running sum of the starts is the token index.
-  whole = np.isin(kind, (structures.PROTEIN, structures.NUCLEIC))
+  whole = is_residue_token(structure)
   new_residue = np.diff(atom_residue, prepend=-1) != 0
   starts = new_residue | ~whole[atom_residue]
-  token_index = (np.cumsum(starts) - 1).astype(np.int32)
   token_residue = atom_residue[starts]
 
-  position = structure.position[order]
-  ref_mask = reference['ref_mask']
+  known = source >= 0
+  position = np.zeros((len(source), 3))
+  position[known] = structure.position[source[known]]
   atoms = AtomFeatures(
-    token_index=token_index,
-    mask=np.ones(structure.n_atom, dtype=bool),
+    token_index=(np.cumsum(starts) - 1).astype(np.int32),
+    mask=np.ones(len(source), dtype=bool),
     position=position.astype(np.float32),
-    position_mask=np.ones(structure.n_atom, dtype=bool),
+    position_mask=known,
     ref_space_uid=atom_residue.astype(np.int32),
-    **{
-      **reference,
-      'ref_pos': _centred(
-        reference['ref_pos'], ref_mask, atom_residue, structure.n_residue
-      ),
-    },
+    **atom_features,
   )
   rotation, translation, frame_mask = _backbone_frames(structure)
   token_kind = kind[token_residue]
@@ -126,6 +148,13 @@ def featurise(
     tokens=tokens,
     atoms=atoms,
     metadata=_metadata(structure, token_residue),
+  )
+
+
+def is_residue_token(structure: structures.Structure) -> np.ndarray:
+  """[n_residue] bool: one token for the residue, not one for each atom."""
+  return np.isin(
+    structure.residue_kind, (structures.PROTEIN, structures.NUCLEIC)
   )
 
 
@@ -168,6 +197,8 @@ def _reference_rows(structure: structures.Structure) -> dict[str, Any]:
   ref_element = np.zeros(n_atom, dtype=np.int32)
   ref_charge = np.zeros(n_atom, dtype=np.float32)
   name_chars = np.zeros((n_atom, _N_NAME_CHARS), dtype=np.int32)
+  dense_slot = np.zeros(n_atom, dtype=np.int32)
+  whole = is_residue_token(structure)
   for residue, component_name in enumerate(structure.component_name.tolist()):
     component = chemical_components.find_component(component_name)
     start, stop = bounds[residue], bounds[residue + 1]
@@ -188,8 +219,12 @@ def _reference_rows(structure: structures.Structure) -> dict[str, Any]:
         ref_charge[row] = file_charge[source]
       ref_element[row] = chemical_components.ATOMIC_NUMBERS.get(element, 0)
       name_chars[row] = _encode_name(name)
+      if whole[residue]:  # Atoms that the component lacks come behind it.
+        before = dense_slot[row - 1] + 1 if row > start else 0
+        dense_slot[row] = max(atom, before)
   return {
     'order': order,
+    'dense_slot': dense_slot,
     'ref_pos': ref_pos,
     'ref_mask': ref_mask,
     'ref_element': ref_element,

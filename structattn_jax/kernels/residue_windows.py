@@ -21,6 +21,7 @@ n_key window slots, inside n_query_token x n_key_token rectangles of the token
 pair z; T transformer blocks, H heads of D channels; c atom, d pair channels.
 """
 
+import bisect
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -185,4 +186,324 @@ def plan_neighbours(
     n_key_token=span(key_starts.clip(max=n_atom - 1), (key_ends - 1).clip(0)),
     n_nbr=int((high - low).max()),
   )
-  ...
+  sizes = needed if sizes is None else sizes
+  for name, need, given in zip(sizes._fields, needed, sizes, strict=True):
+    if given < need:
+      raise ValueError(
+        f'sizes: {name}={given} is too small; give {name}={need} or more'
+      )
+  if max(sizes.n_query, sizes.n_key) > n_atom:
+    raise ValueError(
+      f'sizes: n_query={sizes.n_query} and n_key={sizes.n_key} must not exceed '
+      f'n_atom={n_atom}; pad tok_idx'
+    )
+
+  # Padding blocks repeat the last one and own no row.
+  row_block = np.repeat(np.arange(len(starts)), ends - starts)
+  starts = np.pad(starts, (0, sizes.n_block - len(starts)), mode='edge')
+  # Slices that would reach beyond the end start earlier.
+  atom_start = np.minimum(starts, n_atom - sizes.n_query)
+  key_start = np.minimum(low[starts], n_atom - sizes.n_key)
+  rows = atom_start[:, None] + np.arange(sizes.n_query)
+  slots = key_start[:, None] + np.arange(sizes.n_key)
+
+  def rectangle(first: np.ndarray, atoms: np.ndarray, n_token: int) -> Any:
+    start = np.minimum(tok[first], max(int(tok[-1]) + 1 - n_token, 0))
+    return start, np.clip(tok[atoms] - start[:, None], 0, n_token - 1)
+
+  query_token_start, query_token = rectangle(starts, rows, sizes.n_query_token)
+  first_keys = low[starts].clip(max=n_atom - 1)
+  key_token_start, key_token = rectangle(first_keys, slots, sizes.n_key_token)
+  arrays = {
+    'atom_start': atom_start,
+    'key_start': key_start,
+    'query_token_start': query_token_start,
+    'key_token_start': key_token_start,
+    'query_token': query_token,
+    'key_token': key_token,
+    'low': low[rows] - key_start[:, None],
+    'high': high[rows] - key_start[:, None],
+    'row': row_block * sizes.n_query + np.arange(n_atom) - atom_start[row_block],
+  }
+  return NeighbourPlan(
+    **{name: array.astype(np.int32) for name, array in arrays.items()},
+    sizes=sizes,
+  )
+
+
+def _block_starts(tok: np.ndarray, query_block: int) -> np.ndarray:
+  """First atoms of blocks of whole tokens, or of parts of a large token."""
+  n_atom = len(tok)
+  token_ends = [*(np.flatnonzero(np.diff(tok)) + 1).tolist(), n_atom]
+  tokens = tok.tolist()
+  starts, start = [], 0
+  while start < n_atom:
+    starts.append(start)
+    # Neither more atoms nor, where numbers are left out, a wider span.
+    limit = bisect.bisect_left(tokens, tokens[start] + query_block, start)
+    limit = min(limit, start + query_block)
+    end = token_ends[max(bisect.bisect_right(token_ends, limit) - 1, 0)]
+    start = end if start < end <= limit else limit
+  return np.asarray(starts)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PairSkip:
+  """The encoder's p_skip in factors, without a tensor over neighbours.
+
+    p_skip_lm = query_l + key_m + inverse_square / (1 + |x_l - x_m|^2)
+
+  if both atoms are real and in one space, else 0. Leading batch axes are
+  allowed on all but `inverse_square`.
+
+  Attributes:
+    query: [n_atom, c_pair] float.
+    key: [n_atom, c_pair] float.
+    position: [n_atom, 3] float, in angstrom.
+    space_uid: [n_atom] integer.
+    inverse_square: [c_pair] float.
+    atom_mask: [n_atom] bool, or None if all atoms are real.
+  """
+
+  query: jax.Array
+  key: jax.Array
+  position: jax.Array
+  space_uid: jax.Array
+  inverse_square: jax.Array
+  atom_mask: jax.Array | None = None
+
+  def dense(self, neighbor_idx: Any, valid_mask: Any) -> jax.Array:
+    """Upstream's p_skip for the neighbours of `build_sparse_pairs`.
+
+    Args:
+      neighbor_idx: [n_atom, n_nbr] integer.
+      valid_mask: [n_atom, n_nbr] bool.
+
+    Returns:
+      [n_atom, n_nbr, c_pair], zero on padding and between spaces.
+    """
+    differences = (
+      self.position[..., :, None, :] - self.position[..., neighbor_idx, :]
+    )
+    near = 1 / (1 + jnp.sum(jnp.square(differences), -1, keepdims=True))
+    p = self.query[..., :, None, :] + self.key[..., neighbor_idx, :]
+    p += near * self.inverse_square
+    live = valid_mask & (
+      self.space_uid[..., :, None] == self.space_uid[..., neighbor_idx]
+    )
+    if self.atom_mask is not None:
+      live &= self.atom_mask[..., :, None] & self.atom_mask[..., neighbor_idx]
+    return jnp.where(live[..., None], p, 0)
+
+
+class Norm(NamedTuple):
+  """Parameters of a LayerNorm, [c] each."""
+
+  scale: jax.Array
+  offset: jax.Array
+
+
+class BlockWeights(NamedTuple):
+  """Parameters of one transformer block, matrices [in, out]."""
+
+  norm_q: Norm
+  norm_c: Norm
+  norm_pair: Norm
+  norm_ff: Norm
+  to_q: jax.Array
+  to_k: jax.Array
+  to_v: jax.Array
+  to_out: jax.Array
+  pair_bias: jax.Array
+  ff1: jax.Array
+  ff2: jax.Array
+
+
+class PairWeights(NamedTuple):
+  """Parameters that make the pair tensor, matrices [in, out]."""
+
+  norm_z: Norm
+  proj_z: jax.Array
+  mlp: Sequence[jax.Array]
+
+
+class _Stack(NamedTuple):
+  """Block parameters with norms folded in, one leading axis of blocks."""
+
+  to_q: jax.Array  # [T, c, c], with the scale of the logits
+  q_bias: jax.Array  # [T, c]
+  to_out: jax.Array  # [T, c, c]
+  ff1: jax.Array  # [T, c, 4c]
+  ff1_bias: jax.Array  # [T, 4c]
+  ff2: jax.Array  # [T, 4c, c]
+
+
+class _Pair(NamedTuple):
+  """What makes the pair tensor of a block and its attention biases."""
+
+  proj_z: jax.Array  # [d, c_z]
+  z_bias: jax.Array  # [d]
+  mlp: tuple[jax.Array, ...]  # [d, d] each, [out, in]
+  bias: jax.Array  # [T H, d]
+  inverse_square: jax.Array | None  # [d]
+
+
+class _Atoms(NamedTuple):
+  """Arrays over atoms of which a step reads a window, atoms last but for p."""
+
+  keys: jax.Array  # [T, H, D, n_atom]
+  values: jax.Array  # [T, H, n_atom, D]
+  skip_key: jax.Array | None  # [d, n_atom]
+  position: jax.Array | None  # [3, n_atom]
+  space: jax.Array | None  # [n_atom]
+  mask: jax.Array | None  # [n_atom]
+
+
+def transform(
+  plan: NeighbourPlan,
+  blocks: Sequence[BlockWeights],
+  pair: PairWeights,
+  q: jax.Array,
+  context: jax.Array,
+  skip: PairSkip | jax.Array,
+  z: jax.Array,
+  *,
+  num_head: int,
+  context_idx: jax.Array | None = None,
+  atom_mask: jax.Array | None = None,
+  within_space: bool = False,
+  return_pair: bool = False,
+) -> tuple[jax.Array, jax.Array | None]:
+  """Runs the pair stage and all transformer blocks of one complex.
+
+  Args:
+    plan: windows of the atoms.
+    blocks: parameters of the transformer blocks.
+    pair: parameters of the pair stage.
+    q: [n_atom, c] float, atom queries.
+    context: [n, c] float, source of keys and values: atoms, or rows that
+      `context_idx` assigns to atoms.
+    skip: the separable p_skip, or [n_atom, n_nbr, d] with the slots of
+      `build_sparse_pairs`.
+    z: [n_token, n_token, c_z] float, at least as many tokens as the plan needs.
+    num_head: heads.
+    context_idx: [n_atom] integer, rows of `context`; None if they are atoms.
+    atom_mask: [n_atom] bool, True = a key for others; None means all.
+    within_space: whether attention stays within `skip.space_uid`.
+    return_pair: whether to return the pair tensor.
+
+  Returns:
+    q [n_atom, c] in its dtype, and the pair tensor [n_atom, n_nbr, d], zero on
+    padding, or None.
+  """
+  sizes, dtype = plan.sizes, q.dtype
+  q, context, z = map(numerics.at_least_float32, (q, context, z))
+  stack, w_kv, b_kv = _fold(blocks, num_head)
+  keys, values = _keys_values(context, w_kv, b_kv, len(blocks), num_head)
+  if context_idx is not None:
+    keys = jnp.take(keys, context_idx, axis=-1, mode='clip')
+    values = jnp.take(values, context_idx, axis=-2, mode='clip')
+  separable = isinstance(skip, PairSkip)
+  scale, offset = pair.norm_z
+  weights = _Pair(
+    proj_z=(pair.proj_z * scale[:, None]).T,
+    z_bias=offset @ pair.proj_z,
+    mlp=tuple(w.T for w in pair.mlp),
+    bias=jnp.concatenate(
+      [(b.pair_bias * b.norm_pair.scale[:, None]).T for b in blocks]
+    ),
+    inverse_square=skip.inverse_square if separable else None,
+  )
+  n_key = sizes.n_key
+  slot = jnp.arange(n_key)
+  if separable:
+    skip_key, position = skip.key.T, skip.position.T
+    uid = skip.space_uid
+  centre = jnp.eye(weights.mlp[0].shape[0], dtype=weights.mlp[0].dtype)
+  if not return_pair: centre -= centre.mean(0)
+  first = jnp.concatenate([centre, weights.mlp[0]])
+  matrices = (first, *weights.mlp[1:3], centre @ weights.mlp[3], weights.bias)
+  matrices = [jnp.broadcast_to(m, (sizes.n_query, *m.shape)) for m in matrices]
+
+  def step(block):
+    cut = lambda x, start, size, axis: jax.lax.dynamic_slice_in_dim(x, start, size, axis)
+    rows = lambda x, axis=0: cut(x, block.atom_start, sizes.n_query, axis)
+    window = lambda x, axis=0: cut(x, block.key_start, n_key, axis)
+    zs = jax.lax.dynamic_slice(z, (block.query_token_start, block.key_token_start, 0), (sizes.n_query_token, sizes.n_key_token, z.shape[-1]))
+    zp = numerics.layer_norm(zs) @ weights.proj_z.T + weights.z_bias
+    onehot = (jnp.arange(sizes.n_key_token)[:, None] == block.key_token).astype(zp.dtype)
+    zp = jnp.einsum('qkd,kw->qdw', zp, onehot)
+    zp = zp[block.query_token]
+    live = (slot >= block.low[:, None]) & (slot < block.high[:, None])
+    if separable:
+      xq, xk = rows(position, 1), window(position, 1)
+      dist = sum(jnp.square(xq[i][:, None] - xk[i]) for i in range(3))
+      same = rows(uid)[:, None] == window(uid)
+      inv = jnp.where(same, 1 / (1 + dist), 0)
+      u, w = rows(skip.query), window(skip_key, 1)
+      p = jnp.where(same[:, None], u[:, :, None] + w, 0) + inv[:, None] * weights.inverse_square[:, None]
+      if within_space: live &= same
+    else:
+      n_nbr = skip.shape[1]
+      slots = jnp.clip(slot - block.low[:, None], 0, n_nbr - 1)
+      p = jnp.swapaxes(rows(skip), -1, -2)
+      p = jnp.take_along_axis(p, slots[:, None], 2)
+    p = p + zp
+    d = p.shape[1]
+    mm = lambda m, x: jnp.einsum('qoi,qik->qok', m, x)
+    h = mm(matrices[0], p)
+    residual, h = h[:, :d], h[:, d:]
+    for w in matrices[1:4]:
+      h = mm(w, jax.nn.relu(h))
+    p = residual + h
+    pc = p - p.mean(1, keepdims=True) if return_pair else p
+    bias = mm(matrices[4], pc) * jax.lax.rsqrt(jnp.mean(jnp.square(pc), 1, keepdims=True) + _EPSILON)
+    bias = bias.reshape(sizes.n_query, len(blocks), num_head, n_key)
+    if atom_mask is not None: live &= window(atom_mask)
+    bias = jnp.transpose(jnp.where(live[:, None, None], bias, _DEAD), (1, 2, 0, 3))
+    k = window(keys, 1).reshape(len(blocks), num_head, -1, n_key)
+    v = window(values, 2)
+    x = rows(q)
+    for t in range(len(blocks)):
+      qh = numerics.layer_norm(x) @ stack.to_q[t] + stack.q_bias[t]
+      qh = jnp.swapaxes(qh.reshape(sizes.n_query, num_head, -1), 0, 1)
+      logits = jnp.einsum('hqd,hdk->hqk', qh, k[t]) + bias[t]
+      top = jax.lax.stop_gradient(logits.max(-1, keepdims=True))
+      w = jnp.exp(logits - top)
+      o = jnp.einsum('hqk,hkd->hqd', w, v[t]) * jnp.where(top > _DEAD / 2, 1 / w.sum(-1, keepdims=True), 0)
+      o = jnp.swapaxes(o, 0, 1).reshape(sizes.n_query, -1)
+      x = x + o @ stack.to_out[t]
+      x = x + jax.nn.relu(numerics.layer_norm(x) @ stack.ff1[t] + stack.ff1_bias[t]) @ stack.ff2[t]
+    if not return_pair: return x, None
+    n_nbr = sizes.n_nbr if separable else skip.shape[1]
+    at = block.low[:, None] + jnp.arange(n_nbr)
+    real = (jnp.arange(n_nbr) < (block.high - block.low)[:, None])
+    p = jnp.take_along_axis(p, jnp.clip(at, 0, n_key - 1)[:, None], 2)
+    return x, jnp.swapaxes(jnp.where(real[:, None], p, 0), -1, -2)
+
+  per_block = dataclasses.replace(plan, row=None)
+  x, p = jax.lax.map(jax.checkpoint(step), per_block)
+  gather = lambda y: y.reshape(-1, *y.shape[2:])[plan.row]
+  return gather(x).astype(dtype), None if p is None else gather(p)
+
+
+def _fold(blocks, num_head):
+  def norm_into(norm, *ws):
+    w = jnp.concatenate(ws, 1) if len(ws) > 1 else ws[0]
+    return w * norm.scale[:, None], norm.offset @ w
+  d = (blocks[0].to_q.shape[1] // num_head) ** -0.5
+  qs = [norm_into(b.norm_q, b.to_q * d) for b in blocks]
+  kvs = [norm_into(b.norm_c, b.to_k) for b in blocks] + [norm_into(b.norm_c, b.to_v) for b in blocks]
+  f1 = [norm_into(b.norm_ff, b.ff1) for b in blocks]
+  st = tuple
+  return (_Stack(st(a for a, _ in qs), st(b for _, b in qs), st(b.to_out for b in blocks), st(a for a, _ in f1), st(b for _, b in f1), st(b.ff2 for b in blocks)),
+    jnp.concatenate([a for a, _ in kvs], 1), jnp.concatenate([b for _, b in kvs]))
+
+
+def _keys_values(context, w, b, T, H):
+  x = numerics.layer_norm(context)
+  half = w.shape[1] // 2
+  k = w[:, :half].T @ x.T + b[:half, None]
+  v = (x @ w[:, half:] + b[half:]).reshape(len(x), T, H, -1)
+  return k, jnp.transpose(v, (1, 2, 0, 3))

@@ -44,6 +44,25 @@ def windows_per_chunk(n_window: int, chunk: int | None = None) -> int:
   )
 
 
+def attend(
+  q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array
+) -> jax.Array:
+  """Attention of windows whose keys and values have been taken.
+
+  Args:
+    q: [n_window, num_queries, n_head, d_key] float, with the factor of the
+      logits in it.
+    k: [n_window, num_keys, n_head, d_key] float.
+    v: [n_window, num_keys, n_head, d_value] float.
+    bias: [n_window, n_head, num_queries, num_keys] float.
+
+  Returns:
+    [n_window, num_queries, n_head, d_value] in the dtype of `v`.
+  """
+  weights, _ = _weights(q, jnp.swapaxes(k, 1, 2), bias)
+  return _combine(weights, jnp.swapaxes(v, 1, 2)).astype(v.dtype)
+
+
 def reference_attention(
   q: jax.Array,
   k: jax.Array,
@@ -186,7 +205,5 @@ def _weights(
 
 def _combine(weights: jax.Array, values: jax.Array) -> jax.Array:
   """[chunk, num_queries, n_head, d_value], float32."""
-  out = jnp.einsum(
-    'whqk,whkd->whqd', weights.astype(values.dtype), values
-  )
+  out = jnp.einsum('whqk,whkd->whqd', weights.astype(values.dtype), values)
   return jnp.swapaxes(out, 1, 2)

@@ -15,7 +15,8 @@ and attends through windows of 32 x 128 atoms instead.
 """
 
 import dataclasses
-from typing import Literal
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import haiku as hk
 import jax
@@ -23,7 +24,18 @@ import jax.numpy as jnp
 
 from structattn_jax.common import base_config, checks, numerics
 from structattn_jax.components import haiku_modules as hm
-from structattn_jax.components import segment
+from structattn_jax.components import mapping, segment
+from structattn_jax.components import parameters as pm
+from structattn_jax.components.parameters import Params
+from structattn_jax.kernels import windowed_attention as kernel
+from structattn_jax.network import atom_layout
+from structattn_jax.network import diffusion_transformer as dt
+from structattn_jax.network.atom_layout import Arranged
+
+# Classes of elements and of each character of an atom's name.
+_NUM_ELEMENTS, _NUM_CHARS = 128, 64
+# Token pairs that are normalised and projected at a time.
+_PAIR_CHUNK = 4096
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -292,3 +304,1172 @@ def _combine(name: str, x: jax.Array, num_output: int) -> jax.Array:
     hm.initializer('normal', n_head * d_head),
   )
   return jnp.einsum('nhd,hdc->nc', x, weights.astype(x.dtype))
+
+
+# AlphaFold 3's own encoder and decoder.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AtomCrossAttConfig(base_config.BaseConfig):
+  """Sizes, quirks and execution of AF3's atom encoder and decoder.
+
+  Attributes:
+    per_token_channels: of the token activations; 384 in the trunk.
+    per_atom_channels: of the atom activations.
+    per_atom_pair_channels: of the atom pairs.
+    atom_transformer: sizes of the encoder's transformer.
+    decoder_transformer: sizes of the decoder's; None: the same.
+    final_init: initialiser of projections that start at zero upstream.
+    uid_rule: which keys share the conformer of a query. 'official': as the
+      released code reads their uid, from the wrong layout (public issue 730);
+      the released weights were trained so. 'corrected': those that do.
+    padded_keys: 'official': with fewer atoms than keys per window, queries
+      attend to padding; 'masked': they do not.
+    implementation: 'lean', or 'published': upstream's layouts and operations,
+      the reference. For the one-call functions on dense batches.
+    window_chunk: windows at a time; None chooses for the device.
+    remat: whether to recompute blocks in the backward pass; less memory.
+    bfloat16: whether transformer blocks compute in bfloat16.
+  """
+
+  per_token_channels: int = 768
+  per_atom_channels: int = 128
+  per_atom_pair_channels: int = 16
+  atom_transformer: dt.CrossAttTransformerConfig = dataclasses.field(
+    default_factory=dt.CrossAttTransformerConfig
+  )
+  decoder_transformer: dt.CrossAttTransformerConfig | None = None
+  final_init: dt.FinalInit = 'zeros'
+  uid_rule: Literal['official', 'corrected'] = 'official'
+  padded_keys: dt.PaddedKeys = 'official'
+  implementation: Literal['lean', 'published'] = 'lean'
+  window_chunk: int | None = None
+  remat: bool = True
+  bfloat16: bool = False
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class TransformerConditioning:
+  """What one atom transformer needs, constant over steps and samples.
+
+  Attributes:
+    biases: per block [n_window, n_head, num_queries, num_keys] pair logits.
+    terms: per block the adaptive terms of the conditioning, each [n_atom, c];
+      None if they are to be computed in each call.
+  """
+
+  biases: tuple[jax.Array, ...]
+  terms: tuple[dt.AdaptiveTerms, ...] | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class AtomConditioning:
+  """Result of `precompute`: constant over diffusion steps and samples.
+
+  Attributes:
+    plan: the atoms and their windows.
+    single: [n_atom, c_atom], conditioning of the atoms, zero for padding.
+    encoder: of the encoder's transformer.
+    decoder: of the decoder's transformer, None without a decoder.
+    pair: [n_window, num_queries, num_keys, c_pair], on request.
+  """
+
+  plan: atom_layout.WindowPlan
+  single: jax.Array
+  encoder: TransformerConditioning
+  decoder: TransformerConditioning | None
+  pair: jax.Array | None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class AtomEncoding:
+  """Result of `encode`.
+
+  Attributes:
+    token_act: [n_token, c_token], zero for tokens without atoms.
+    skip_connection: [n_atom, c_atom] for the decoder, zero for padding.
+  """
+
+  token_act: jax.Array
+  skip_connection: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class AtomCrossAttHeadOutput:
+  """Result of `AtomCrossAttHead`.
+
+  Attributes:
+    token_act: [n_token, c_token], from the encoder.
+    skip_connection: [n_atom, c_atom], from the encoder.
+    position_update: [n_atom, 3], from the decoder; None without it.
+    conditioning: what both used.
+  """
+
+  token_act: jax.Array
+  skip_connection: jax.Array
+  position_update: jax.Array | None
+  conditioning: AtomConditioning
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class AtomCrossAttEncoderOutput:
+  """Result of `atom_cross_att_encoder`, in upstream's layouts.
+
+  The number of windows is that of the implementation: 'published' pads to the
+  gathers, 'lean' to its plan. Only real atoms are defined. With fewer atoms
+  than keys per window, the keys of the two have another order.
+
+  Attributes:
+    token_act: [n_token, c_token].
+    skip_connection: [n_window, num_queries, c_atom].
+    queries_mask: [n_window, num_queries] bool.
+    queries_single_cond: [n_window, num_queries, c_atom].
+    keys_mask: [n_window, num_keys] bool.
+    keys_single_cond: [n_window, num_keys, c_atom].
+    pair_cond: [n_window, num_queries, num_keys, c_pair]; 'lean': on request.
+    conditioning: for the decoder; None for 'published'.
+  """
+
+  token_act: jax.Array
+  skip_connection: jax.Array
+  queries_mask: jax.Array
+  queries_single_cond: jax.Array
+  keys_mask: jax.Array
+  keys_single_cond: jax.Array
+  pair_cond: jax.Array | None
+  conditioning: AtomConditioning | None
+
+
+def precompute(
+  params: Params,
+  plan: atom_layout.WindowPlan,
+  ref: atom_layout.RefStructure,
+  trunk_single_cond: jax.Array | None = None,
+  trunk_pair_cond: jax.Array | None = None,
+  *,
+  config: AtomCrossAttConfig | None = None,
+  name: str = 'diffusion',
+  decoder: bool | None = None,
+  cache_terms: bool = True,
+  return_pair: bool = False,
+) -> AtomConditioning:
+  """All that does not depend on noisy positions (Alg. 5, lines 1-6, 9-14).
+
+  Args:
+    params: parameters with upstream's names, such as
+      `diffusion_embed_ref_pos`; see `atom_cross_att_parameters`.
+    plan: the atoms and their windows.
+    ref: reference conformer of the plan's atoms.
+    trunk_single_cond: [n_token, c_s] float, or None.
+    trunk_pair_cond: [n_token, n_token, c_z] float, query first, or None.
+    config: quirks and execution; sizes are read off the parameters.
+    name: prefix of the parameters: 'diffusion' or 'evoformer_conditioning'.
+    decoder: whether `decode` will be called; None: if it has parameters.
+    cache_terms: whether to keep the adaptive terms, 8 arrays [n_atom, c_atom]
+      per block, which spares 8 of 21 units of work in each call.
+    return_pair: whether to return the embedding of atom pairs, too.
+
+  Returns:
+    The conditioning for `encode` and `decode`.
+
+  Raises:
+    ValueError: on a wrong shape, or a trunk pair without token pairs in the
+      plan.
+    TypeError: on a wrong dtype.
+  """
+  config = config or AtomCrossAttConfig()
+  _check_precompute(plan, ref, trunk_single_cond, trunk_pair_cond)
+  if decoder is None:
+    decoder = any(f'{name}_atom_transformer_decoder/' in key for key in params)
+  # Lines 1 and 2: atoms from the conformer, tokens from the trunk.
+  single = _atom_features(params, ref, name)
+  if trunk_single_cond is not None:
+    normalised = dt.scaled_layer_norm(
+      params, trunk_single_cond, f'{name}_lnorm_trunk_single_cond'
+    )
+    by_token = dt.linear(
+      params, normalised, f'{name}_embed_trunk_single_cond', 'highest'
+    )
+    single += by_token[plan.token_index]
+  single = jnp.where(plan.atom_mask[:, None], single, 0)
+
+  # Lines 3-6, 9-14: pair embedding, then the logits of all blocks.
+  scopes = [_transformer_scope(name, 'encoder')]
+  if decoder:
+    scopes.append(_transformer_scope(name, 'decoder'))
+  own = [pm.below(params, f'{scope}/') for scope in scopes]
+  biases, pair = _pair_biases(
+    params, own, plan, ref, single, trunk_pair_cond, config, name, return_pair
+  )
+  if config.bfloat16:
+    single = single.astype(jnp.bfloat16)
+  terms = [None] * len(scopes)
+  if cache_terms:
+    shared = dt.Conditioning(single, numerics.layer_norm(single))
+    terms = [
+      tuple(
+        dt.adaptive_terms(weights, shared)
+        for weights in dt.block_weights(*scoped)
+      )
+      for scoped in zip(own, scopes, strict=True)
+    ]
+  conditioning = [
+    TransformerConditioning(*x) for x in zip(biases, terms, strict=True)
+  ]
+  return AtomConditioning(
+    plan=plan,
+    single=single,
+    encoder=conditioning[0],
+    decoder=conditioning[1] if decoder else None,
+    pair=pair,
+  )
+
+
+def encode(
+  params: Params,
+  conditioning: AtomConditioning,
+  positions: jax.Array | None = None,
+  *,
+  config: AtomCrossAttConfig | None = None,
+  name: str = 'diffusion',
+) -> AtomEncoding:
+  """Atoms to tokens (Alg. 5, lines 7, 8, 15-17).
+
+  Args:
+    params: as in `precompute`.
+    conditioning: from `precompute`.
+    positions: [n_atom, 3] float, noisy positions, scaled by the caller (AF3:
+      x / sqrt(t^2 + 16^2)); None: no noisy positions, as in the trunk.
+    config: as in `precompute`.
+    name: as in `precompute`.
+
+  Returns:
+    Token activations and the skip connection for `decode`.
+
+  Raises:
+    ValueError: on a wrong shape.
+    TypeError: on a wrong dtype.
+  """
+  config = config or AtomCrossAttConfig()
+  plan, act = conditioning.plan, conditioning.single
+  checks.check_shapes(
+    {'n_atom': plan.n_atom}, positions=(positions, 'n_atom 3')
+  )
+  checks.check_dtypes('floating', positions=positions)
+  keep = plan.atom_mask[:, None]
+  if positions is not None:
+    positions = jnp.where(keep, positions, 0)
+    noisy = dt.linear(
+      params, positions, f'{name}_atom_positions_to_features', 'highest'
+    )
+    act += noisy.astype(act.dtype)
+  act = _transform(params, conditioning, act, config, name, 'encoder')
+  act = jnp.where(keep, act, 0)
+  weights = params[f'{name}_project_atom_features_for_aggr']['weights']
+  return AtomEncoding(_token_mean(plan, act, weights), act)
+
+
+def decode(
+  params: Params,
+  conditioning: AtomConditioning,
+  token_act: jax.Array,
+  skip_connection: jax.Array,
+  *,
+  config: AtomCrossAttConfig | None = None,
+  name: str = 'diffusion',
+) -> jax.Array:
+  """Tokens to position updates of their atoms (Alg. 6).
+
+  Args:
+    params: as in `precompute`.
+    conditioning: from `precompute`, with a decoder.
+    token_act: [n_token, c_token] float.
+    skip_connection: [n_atom, c_atom] float, from `encode`.
+    config: as in `precompute`.
+    name: as in `precompute`.
+
+  Returns:
+    [n_atom, 3] float, the update in units of the noise (AF3 scales it); zero
+    for padding.
+
+  Raises:
+    ValueError: on a wrong shape, or a conditioning without a decoder.
+    TypeError: on a wrong dtype.
+  """
+  config = config or AtomCrossAttConfig()
+  plan = conditioning.plan
+  if conditioning.decoder is None:
+    raise ValueError(
+      'conditioning: has no decoder; call precompute with decoder=True'
+    )
+  checks.check_shapes(
+    {'n_atom': plan.n_atom, 'n_token': plan.num_tokens},
+    token_act=(token_act, 'n_token c_token'),
+    skip_connection=(skip_connection, 'n_atom c_atom'),
+  )
+  checks.check_dtypes(
+    'floating', token_act=token_act, skip_connection=skip_connection
+  )
+  keep = plan.atom_mask[:, None]
+  by_token = dt.linear(
+    params, token_act, f'{name}_project_token_features_for_broadcast'
+  )
+  by_atom = by_token[plan.token_index].astype(skip_connection.dtype)
+  act = jnp.where(keep, by_atom + skip_connection, 0)
+  act = _transform(params, conditioning, act, config, name, 'decoder')
+  act = numerics.at_least_float32(jnp.where(keep, act, 0))
+  act = dt.scaled_layer_norm(params, act, f'{name}_atom_features_layer_norm')
+  update = dt.linear(
+    params, act, f'{name}_atom_features_to_position_update', 'highest'
+  )
+  return jnp.where(keep, update, 0)
+
+
+def atom_cross_att_encoder(
+  params: Params,
+  batch: atom_layout.DenseBatch,
+  token_atoms_act: jax.Array | None = None,
+  trunk_single_cond: jax.Array | None = None,
+  trunk_pair_cond: jax.Array | None = None,
+  *,
+  config: AtomCrossAttConfig | None = None,
+  name: str = 'diffusion',
+  return_pair: bool = False,
+) -> AtomCrossAttEncoderOutput:
+  """Upstream's encoder in one call, on its dense layout (Alg. 5).
+
+  Args:
+    params: as in `precompute`.
+    batch: upstream's features.
+    token_atoms_act: [n_token, n_slot, 3] float, scaled noisy positions, or
+      None.
+    trunk_single_cond: [n_token, c_s] float, or None.
+    trunk_pair_cond: [n_token, n_token, c_z] float, or None.
+    config: quirks and execution.
+    name: prefix of the parameters.
+    return_pair: whether 'lean' returns the pair embedding, too.
+
+  Returns:
+    Everything upstream's encoder returns.
+
+  Raises:
+    ValueError: on a wrong shape.
+    TypeError: on a wrong dtype.
+  """
+  config = config or AtomCrossAttConfig()
+  plan = batch.plan
+  if config.implementation == 'published':
+    return _published_encoder(
+      params,
+      batch,
+      token_atoms_act,
+      trunk_single_cond,
+      trunk_pair_cond,
+      config,
+      name,
+    )
+  conditioning = precompute(
+    params,
+    plan,
+    jax.tree.map(lambda x: atom_layout.atoms_from_dense(plan, x), batch.ref),
+    trunk_single_cond,
+    trunk_pair_cond,
+    config=config,
+    name=name,
+    cache_terms=False,
+    return_pair=return_pair,
+  )
+  positions = None
+  if token_atoms_act is not None:
+    positions = atom_layout.atoms_from_dense(plan, token_atoms_act)
+  found = encode(params, conditioning, positions, config=config, name=name)
+
+  def blocks(x: jax.Array) -> jax.Array:
+    return atom_layout.query_blocks(plan, jnp.asarray(x))
+
+  mask = jnp.asarray(plan.atom_mask)
+  return AtomCrossAttEncoderOutput(
+    token_act=found.token_act,
+    skip_connection=blocks(found.skip_connection),
+    queries_mask=blocks(mask),
+    queries_single_cond=blocks(conditioning.single),
+    keys_mask=atom_layout.atom_windows(plan, mask),
+    keys_single_cond=atom_layout.atom_windows(plan, conditioning.single),
+    pair_cond=conditioning.pair,
+    conditioning=conditioning,
+  )
+
+
+def atom_cross_att_decoder(
+  params: Params,
+  batch: atom_layout.DenseBatch,
+  token_act: jax.Array,
+  encoded: AtomCrossAttEncoderOutput,
+  *,
+  config: AtomCrossAttConfig | None = None,
+  name: str = 'diffusion',
+) -> jax.Array:
+  """Upstream's decoder in one call, on its dense layout (Alg. 6).
+
+  Args:
+    params: as in `precompute`.
+    batch: upstream's features.
+    token_act: [n_token, c_token] float.
+    encoded: from `atom_cross_att_encoder` with the same implementation.
+    config: quirks and execution.
+    name: prefix of the parameters.
+
+  Returns:
+    [n_token, n_slot, 3] position update, zero in empty slots.
+
+  Raises:
+    ValueError: on a wrong shape, or `encoded` of the other implementation.
+    TypeError: on a wrong dtype.
+  """
+  config = config or AtomCrossAttConfig()
+  if config.implementation == 'published':
+    return _published_decoder(params, batch, token_act, encoded, config, name)
+  if encoded.conditioning is None:
+    raise ValueError(
+      "encoded: is of the 'published' encoder; use the same implementation"
+    )
+  plan = batch.plan
+  skip = encoded.skip_connection
+  update = decode(
+    params,
+    encoded.conditioning,
+    token_act,
+    skip.reshape(plan.n_atom, -1),
+    config=config,
+    name=name,
+  )
+  return atom_layout.atoms_to_dense(plan, update)
+
+
+class AtomCrossAttHead(hk.Module):
+  """`precompute`, `encode` and `decode` as a Haiku module.
+
+  Its parameters have upstream's names below the name of the module: a module
+  'diffusion_head' with the prefix 'diffusion' has those of AF3 below
+  `diffuser/~/`.
+
+  Args of the constructor:
+    config: sizes, quirks and execution.
+    prefix: of the parameters: 'diffusion' or 'evoformer_conditioning'.
+    name: name of the module.
+  """
+
+  def __init__(
+    self,
+    config: AtomCrossAttConfig | None = None,
+    *,
+    prefix: str = 'diffusion',
+    name: str = 'diffusion_head',
+  ):
+    super().__init__(name=name)
+    self.config = config or AtomCrossAttConfig()
+    self.prefix = prefix
+
+  def __call__(
+    self,
+    plan: atom_layout.WindowPlan,
+    ref: atom_layout.RefStructure,
+    positions: jax.Array | None = None,
+    trunk_single_cond: jax.Array | None = None,
+    trunk_pair_cond: jax.Array | None = None,
+    token_act: jax.Array | None = None,
+  ) -> AtomCrossAttHeadOutput:
+    """Encodes atoms and, given token activations, decodes them.
+
+    Args:
+      plan: the atoms and their windows.
+      ref: reference conformer of the plan's atoms.
+      positions: [n_atom, 3] float, scaled noisy positions, or None.
+      trunk_single_cond: [n_token, c_s] float, or None.
+      trunk_pair_cond: [n_token, n_token, c_z] float, or None.
+      token_act: [n_token, c_token] float, for the decoder; None: no decoder.
+
+    Returns:
+      Encoding, position update and the conditioning that both used.
+    """
+    return _head(
+      self.config,
+      self.prefix,
+      plan,
+      ref,
+      positions,
+      trunk_single_cond,
+      trunk_pair_cond,
+      token_act,
+    )
+
+
+def transform_atom_cross_att(
+  config: AtomCrossAttConfig | None = None, *, prefix: str = 'diffusion'
+) -> hk.Transformed:
+  """Pure functions of AF3's atom encoder and decoder.
+
+    >>> plan = atom_layout.build_window_plan([0, 0, 1], [0, 1])
+    >>> zeros = lambda *shape: atom_layout.pad_atoms(
+    ...   plan, np.zeros((3, *shape))
+    ... )
+    >>> ref = atom_layout.RefStructure(
+    ...   ref_pos=zeros(3).astype(np.float32),
+    ...   ref_mask=np.asarray(plan.atom_mask),
+    ...   ref_element=zeros().astype(np.int32),
+    ...   ref_charge=zeros().astype(np.float32),
+    ...   ref_atom_name_chars=zeros(4).astype(np.int32),
+    ... )
+    >>> init, apply = transform_atom_cross_att(prefix='evoformer_conditioning')
+    >>> params = init(jax.random.key(0), plan, ref)
+    >>> apply(params, plan, ref).token_act.shape
+    (2, 768)
+
+  The parameters are also those of `precompute`, `encode` and `decode`, which
+  serve many diffusion steps and samples with one conditioning:
+
+    conditioning = precompute(params, plan, ref, single, pair)
+    per_sample = jax.vmap(lambda x: encode(params, conditioning, x))
+
+  Args:
+    config: sizes; None takes AF3's diffusion head.
+    prefix: of the parameters: 'diffusion' or 'evoformer_conditioning'.
+
+  Returns:
+    `init(key, plan, ref, positions=None, trunk_single_cond=None,
+    trunk_pair_cond=None, token_act=None)` and `apply(params, ...)` with the
+    same arguments, which returns an `AtomCrossAttHeadOutput`; see
+    `AtomCrossAttHead`.
+  """
+
+  def forward(*arguments, **named):
+    return _head(config or AtomCrossAttConfig(), prefix, *arguments, **named)
+
+  return hk.without_apply_rng(hk.transform(forward))
+
+
+def atom_cross_att_parameters(
+  config: AtomCrossAttConfig,
+  name: str = 'diffusion',
+  *,
+  positions: bool = True,
+  single_channels: int | None = 384,
+  pair_channels: int | None = 128,
+  decoder: bool = True,
+) -> pm.Table:
+  """All parameters of encoder and decoder, with upstream's names.
+
+  The defaults are AF3's diffusion head; its trunk has `positions=False`, no
+  single or pair channels and no decoder. Four modules, the ones without `_1`
+  of those that exist with it, are in every checkpoint, but without effect.
+
+  Args:
+    config: sizes.
+    name: prefix.
+    positions: whether noisy positions are embedded.
+    single_channels: of the trunk's single conditioning; None: there is none.
+    pair_channels: of the trunk's pair conditioning; None: there is none.
+    decoder: whether to include the decoder.
+
+  Returns:
+    The table, for `components.parameters`.
+  """
+  c_atom, c_pair = config.per_atom_channels, config.per_atom_pair_channels
+  c_token = config.per_token_channels
+  table: pm.Table = {
+    'embed_ref_pos': pm.linear(3, c_atom),
+    'embed_ref_mask': pm.linear(1, c_atom),
+    'embed_ref_element': pm.linear(_NUM_ELEMENTS, c_atom),
+    'embed_ref_charge': pm.linear(1, c_atom),
+    'embed_ref_atom_name': pm.linear(4 * _NUM_CHARS, c_atom),
+    'embed_pair_offsets_valid': pm.linear(1, c_pair),
+    'pair_mlp_1': pm.linear(c_pair, c_pair, initializer='relu'),
+    'pair_mlp_2': pm.linear(c_pair, c_pair, initializer='relu'),
+    'pair_mlp_3': pm.linear(c_pair, c_pair, initializer=config.final_init),
+    'project_atom_features_for_aggr': pm.linear(c_atom, c_token),
+  }
+  for suffix in ('', '_1'):
+    table |= {
+      f'single_to_pair_cond_row{suffix}': pm.linear(c_atom, c_pair),
+      f'single_to_pair_cond_col{suffix}': pm.linear(c_atom, c_pair),
+      f'embed_pair_offsets{suffix}': pm.linear(3, c_pair),
+      f'embed_pair_distances{suffix}': pm.linear(1, c_pair),
+    }
+  if positions:
+    table['atom_positions_to_features'] = pm.linear(3, c_atom)
+  for kind, channels, size in (
+    ('single', single_channels, c_atom),
+    ('pair', pair_channels, c_pair),
+  ):
+    if channels is not None:
+      table[f'lnorm_trunk_{kind}_cond'] = pm.layer_norm(channels)
+      table[f'embed_trunk_{kind}_cond'] = pm.linear(
+        channels, size, initializer=config.final_init
+      )
+  transformers = {'encoder': config.atom_transformer}
+  if decoder:
+    transformers['decoder'] = (
+      config.decoder_transformer or config.atom_transformer
+    )
+    table |= {
+      'project_token_features_for_broadcast': pm.linear(c_token, c_atom),
+      'atom_features_layer_norm': pm.layer_norm(c_atom),
+      'atom_features_to_position_update': pm.linear(
+        c_atom, 3, initializer=config.final_init
+      ),
+    }
+  table = {f'{name}_{leaf}': arrays for leaf, arrays in table.items()}
+  for part, own in transformers.items():
+    scope = _transformer_scope(name, part)
+    blocks = dt.cross_att_transformer_parameters(
+      own, c_atom, c_atom, c_pair, name=scope
+    )
+    table |= {f'{scope}/{leaf}': arrays for leaf, arrays in blocks.items()}
+  return table
+
+
+def _head(
+  config: AtomCrossAttConfig,
+  prefix: str,
+  plan: atom_layout.WindowPlan,
+  ref: atom_layout.RefStructure,
+  positions: jax.Array | None = None,
+  trunk_single_cond: jax.Array | None = None,
+  trunk_pair_cond: jax.Array | None = None,
+  token_act: jax.Array | None = None,
+) -> AtomCrossAttHeadOutput:
+  """`AtomCrossAttHead` with parameters in the current Haiku module."""
+
+  def channels(x: jax.Array | None) -> int | None:
+    return None if x is None else x.shape[-1]
+
+  table = atom_cross_att_parameters(
+    config,
+    prefix,
+    positions=positions is not None,
+    single_channels=channels(trunk_single_cond),
+    pair_channels=channels(trunk_pair_cond),
+    decoder=token_act is not None,
+  )
+  params = pm.haiku_parameters(table, hm.parameter_dtype(ref.ref_pos))
+  conditioning = precompute(
+    params,
+    plan,
+    ref,
+    trunk_single_cond,
+    trunk_pair_cond,
+    config=config,
+    name=prefix,
+    cache_terms=False,
+  )
+  encoding = encode(params, conditioning, positions, config=config, name=prefix)
+  update = None
+  if token_act is not None:
+    update = decode(
+      params,
+      conditioning,
+      token_act,
+      encoding.skip_connection,
+      config=config,
+      name=prefix,
+    )
+  return AtomCrossAttHeadOutput(
+    encoding.token_act, encoding.skip_connection, update, conditioning
+  )
+
+
+def _check_precompute(
+  plan: atom_layout.WindowPlan,
+  ref: atom_layout.RefStructure,
+  trunk_single_cond: jax.Array | None,
+  trunk_pair_cond: jax.Array | None,
+) -> None:
+  checks.check_shapes(
+    {'n_atom': plan.n_atom, 'n_token': plan.num_tokens},
+    ref_pos=(ref.ref_pos, 'n_atom 3'),
+    ref_mask=(ref.ref_mask, 'n_atom'),
+    ref_element=(ref.ref_element, 'n_atom'),
+    ref_charge=(ref.ref_charge, 'n_atom'),
+    ref_atom_name_chars=(ref.ref_atom_name_chars, 'n_atom 4'),
+    trunk_single_cond=(trunk_single_cond, 'n_token c_s'),
+    trunk_pair_cond=(trunk_pair_cond, 'n_token n_token c_z'),
+  )
+  checks.check_dtypes(
+    'floating',
+    ref_pos=ref.ref_pos,
+    ref_charge=ref.ref_charge,
+    trunk_single_cond=trunk_single_cond,
+    trunk_pair_cond=trunk_pair_cond,
+  )
+  checks.check_dtypes('bool', ref_mask=ref.ref_mask)
+  checks.check_dtypes(
+    'integer',
+    ref_element=ref.ref_element,
+    ref_atom_name_chars=ref.ref_atom_name_chars,
+  )
+  if trunk_pair_cond is not None and not plan.has_pairs:
+    raise ValueError(
+      'trunk_pair_cond: the plan has no token pairs; build it with '
+      'token_pairs=True'
+    )
+
+
+def _atom_features(
+  params: Params, ref: atom_layout.RefStructure, name: str
+) -> jax.Array:
+  """Line 1: [n_atom, c_atom], zero for atoms that the conformer lacks.
+
+  The products with one-hot vectors are lookups; an index outside of the table
+  finds zeros.
+  """
+  mask = jnp.asarray(ref.ref_mask)[:, None]
+  charge = jnp.arcsinh(ref.ref_charge)[:, None]
+
+  def weights(leaf: str) -> jax.Array:
+    return params[f'{name}_{leaf}']['weights'].astype(charge.dtype)
+
+  def lookup(table: jax.Array, index: jax.Array) -> jax.Array:
+    # Negative ones would count from the end.
+    index = jnp.where(index < 0, table.shape[0], index)
+    return table.at[index].get(mode='fill', fill_value=0)
+
+  act = dt.linear(params, ref.ref_pos, f'{name}_embed_ref_pos', 'highest')
+  act += weights('embed_ref_mask') + charge * weights('embed_ref_charge')
+  act += lookup(weights('embed_ref_element'), jnp.asarray(ref.ref_element))
+  chars = jnp.asarray(ref.ref_atom_name_chars)
+  names = weights('embed_ref_atom_name')
+  names = names.reshape(chars.shape[-1], -1, names.shape[-1])
+  for position in range(chars.shape[-1]):
+    act += lookup(names[position], chars[:, position])
+  return jnp.where(mask, act, 0)
+
+
+def _pair_biases(
+  params: Params,
+  transformers: Sequence[Params],
+  plan: atom_layout.WindowPlan,
+  ref: atom_layout.RefStructure,
+  single: jax.Array,
+  trunk_pair_cond: jax.Array | None,
+  config: AtomCrossAttConfig,
+  name: str,
+  return_pair: bool,
+) -> tuple[list[tuple[jax.Array, ...]], jax.Array | None]:
+  """Pair logits of every block of every transformer, and the pair embedding."""
+
+  def weights(leaf: str) -> jax.Array:
+    return params[f'{name}_{leaf}']['weights']
+
+  def queries(x: jax.Array) -> jax.Array:
+    return atom_layout.query_blocks(plan, jnp.asarray(x))
+
+  def keys(x: jax.Array) -> jax.Array:
+    return atom_layout.atom_windows(plan, jnp.asarray(x))
+
+  relu = jax.nn.relu(single)
+  row = dt.linear(params, relu, f'{name}_single_to_pair_cond_row_1')
+  column = dt.linear(params, relu, f'{name}_single_to_pair_cond_col_1')
+  position = jnp.where(plan.atom_mask[:, None], ref.ref_pos, 0)
+  key_uid = plan.official_key_space_uid
+  if config.uid_rule == 'corrected':
+    key_uid = plan.space_uid
+  # The scale of the layer norm before the logits goes into their weights.
+  heads = []
+  for own in transformers:
+    scale = own['pair_input_layer_norm']['scale']
+    projection = own['pair_logits_projection']['weights']
+    heads.append(scale[:, None, None] * projection)
+  folded = {
+    'geometry': jnp.concatenate(
+      [
+        weights('embed_pair_offsets_1'),
+        weights('embed_pair_distances_1'),
+        weights('embed_pair_offsets_valid'),
+      ]
+    ),
+    'mlp': [weights(f'pair_mlp_{i}') for i in (1, 2, 3)],
+    'heads': jnp.concatenate(heads, 1),
+  }
+  table, index = None, None
+  if trunk_pair_cond is not None:
+    table = _token_pairs(params, plan, trunk_pair_cond, name)
+    first = plan.pair_offset[:, None] + plan.pair_stride[:, None] * queries(
+      plan.token_index
+    )
+    index = first[:, :, None] + keys(plan.token_index)[:, None]
+    # Pairs of padding may lie anywhere.
+    index = jnp.clip(index, 0, table.shape[0] - 1)
+  key_mask = keys(plan.atom_mask)
+  masked = key_mask if config.padded_keys == 'masked' else None
+  chunk = kernel.windows_per_chunk(plan.n_window, config.window_chunk)
+  logits, pair = mapping.chunked_map(
+    _pair_chunk_with_embedding if return_pair else _pair_chunk,
+    chunk,
+    None,
+    jax.tree.map(lambda x: x.astype(single.dtype), folded),
+    table,
+    index,
+    (queries(row), keys(column), queries(position), keys(position)),
+    (queries(plan.space_uid), keys(key_uid), key_mask, masked),
+  )
+  n_blocks = [x.shape[1] for x in heads]
+  biases, first = [], 0
+  for n_block in n_blocks:
+    biases.append(tuple(logits[first : first + n_block]))
+    first += n_block
+  return biases, pair
+
+
+def _pair_chunk_with_embedding(
+  weights: dict[str, Any],
+  trunk: jax.Array | None,
+  floats: tuple[jax.Array, ...],
+  constants: tuple[jax.Array | None, ...],
+) -> tuple[list[jax.Array], jax.Array]:
+  """Pair logits of some windows, and the pair embedding.
+
+  Channels come before pairs: sums over 16 channels then run over long rows.
+  """
+  row, column, query_pos, key_pos = floats
+  query_uid, key_uid, key_mask, masked = constants
+  n, n_query, c_pair = row.shape
+  n_key = column.shape[1]
+  n_block, n_head = weights['heads'].shape[1:]
+
+  def product(w: jax.Array, x: jax.Array) -> jax.Array:
+    # One product per window: faster on CPU than one for all.
+    w = jnp.broadcast_to(w, (n, *w.shape))
+    return jnp.einsum('wcd,wcp->wdp', w, x)
+
+  def channels(x: jax.Array) -> jax.Array:
+    return x[:, None, None]
+
+  # Lines 3-6 and 11-13: conformer geometry where both atoms are of one.
+  # Coordinates do not pass through matrix units.
+  query_pos, key_pos = (
+    jnp.moveaxis(query_pos, -1, 0),
+    jnp.moveaxis(key_pos, -1, 0),
+  )
+  offsets = query_pos[..., None] - key_pos[:, :, None]
+  nearness = 1 / (1 + jnp.sum(jnp.square(offsets), 0))
+  x, y, z, near, both = map(channels, weights['geometry'])
+  geometry = x * offsets[0][:, None] + y * offsets[1][:, None]
+  geometry += z * offsets[2][:, None] + near * nearness[:, None] + both
+  valid = query_uid[:, None, :, None] == key_uid[:, None, None, :]
+  # Lines 9 and 10, 14.
+  pair = jnp.swapaxes(row, 1, 2)[..., None]
+  pair += jnp.swapaxes(column, 1, 2)[:, :, None]
+  pair += jnp.where(valid, geometry, 0)
+  if trunk is not None:
+    trunk = jnp.where(key_mask[:, None, :, None], trunk, 0)
+    pair += jnp.moveaxis(trunk, -1, 1)
+  pair = pair.reshape(n, c_pair, n_query * n_key)
+  mlp = weights['mlp']
+  hidden = product(mlp[0], jax.nn.relu(pair))
+  hidden = product(mlp[1], jax.nn.relu(hidden))
+  pair += product(mlp[2], jax.nn.relu(hidden))
+
+  # The layer norm's mean is taken out of the weights, its factor put behind.
+  # Sums over channels are written out: as reductions they are slower.
+  parts = [pair[:, i] for i in range(c_pair)]
+  mean = sum(parts) / c_pair
+  variance = sum(jnp.square(x - mean) for x in parts) / c_pair
+  heads = weights['heads'].reshape(c_pair, -1)
+  heads -= jnp.mean(heads, 0)
+  logits = product(heads, pair) * jax.lax.rsqrt(variance + 1e-5)[:, None]
+  logits = logits.reshape(n, n_block, n_head, n_query, n_key)
+  if masked is not None:
+    logits += jnp.where(masked[:, None, None, None], 0, dt.MASKED)
+  embedding = jnp.swapaxes(pair, 1, 2).reshape(n, n_query, n_key, c_pair)
+  return [logits[:, i] for i in range(n_block)], embedding
+
+
+def _pair_chunk(*arguments: Any) -> tuple[list[jax.Array], None]:
+  return _pair_chunk_with_embedding(*arguments)[0], None
+
+
+def _token_pairs(
+  params: Params,
+  plan: atom_layout.WindowPlan,
+  trunk_pair_cond: jax.Array,
+  name: str,
+) -> jax.Array:
+  """The trunk's pair embedding of the token pairs in windows: [n_pair, c].
+
+  Only those pairs are normalised and projected; all of them if the windows
+  hold more.
+  """
+  scale = params[f'{name}_lnorm_trunk_pair_cond']['scale']
+  projection = params[f'{name}_embed_trunk_pair_cond']['weights']
+  weights = (scale[:, None] * projection).astype(trunk_pair_cond.dtype)
+  table = trunk_pair_cond.reshape(-1, trunk_pair_cond.shape[-1])
+  if plan.pair_index is None:
+    return _embed_token_pair(weights, table, None, None)
+  size = plan.pair_index.shape[0]
+  chunk = mapping.largest_divisor(size, _PAIR_CHUNK)
+  return mapping.chunked_map(
+    _embed_token_pair,
+    chunk,
+    None,
+    weights,
+    table,
+    jnp.asarray(plan.pair_index),
+    None,
+    None,
+  )
+
+
+def _embed_token_pair(
+  weights: jax.Array, rows: jax.Array, floats: None, constants: None
+) -> jax.Array:
+  del floats, constants
+  return jnp.dot(numerics.layer_norm(rows), weights, precision='highest')
+
+
+def _token_mean(
+  plan: atom_layout.WindowPlan, act: jax.Array, weights: jax.Array
+) -> jax.Array:
+  """Line 17: mean of relu(act @ weights) over the atoms of each token.
+
+  Some columns at a time: the projected atoms are several times larger than the
+  activations of atoms or tokens.
+  """
+  channels, c_token = weights.shape
+  width = mapping.largest_divisor(c_token, channels)
+  columns = weights.astype(act.dtype).reshape(channels, -1, width)
+
+  @jax.checkpoint
+  def mean(own: jax.Array) -> jax.Array:
+    return segment.segment_mean(
+      jax.nn.relu(act @ own),
+      plan.token_index,
+      plan.num_tokens,
+      mask=plan.atom_mask,
+    )
+
+  found = jax.lax.map(mean, jnp.swapaxes(columns, 0, 1))
+  return jnp.swapaxes(found, 0, 1).reshape(plan.num_tokens, c_token)
+
+
+def _transform(
+  params: Params,
+  conditioning: AtomConditioning,
+  act: jax.Array,
+  config: AtomCrossAttConfig,
+  name: str,
+  part: Literal['encoder', 'decoder'],
+) -> jax.Array:
+  """The atom transformer of the encoder or decoder."""
+  scope = _transformer_scope(name, part)
+  own: Any = getattr(conditioning, part)
+  plan = conditioning.plan
+  return dt.window_transformer(
+    dt.block_weights(pm.below(params, f'{scope}/'), scope),
+    act,
+    own.biases,
+    plan.key_start,
+    plan.atom_mask,
+    conditioning.single,
+    own.terms,
+    chunk=config.window_chunk,
+    remat=config.remat,
+  )
+
+
+def _transformer_scope(name: str, part: str) -> str:
+  return f'{name}_atom_transformer_{part}'
+
+
+# Upstream's own formulation: the reference.
+
+
+def _published_encoder(
+  params: Params,
+  batch: atom_layout.DenseBatch,
+  token_atoms_act: jax.Array | None,
+  trunk_single_cond: jax.Array | None,
+  trunk_pair_cond: jax.Array | None,
+  config: AtomCrossAttConfig,
+  name: str,
+) -> AtomCrossAttEncoderOutput:
+  gathers = batch.atom_cross_att
+  ref = batch.ref
+  mask = jnp.asarray(batch.pred_dense_atom_mask)
+
+  def linear(leaf: str, x: jax.Array, precision: Any = None) -> jax.Array:
+    return dt.linear(params, x, f'{name}_{leaf}', precision)
+
+  def from_dense(x: jax.Array) -> jax.Array:
+    dense = Arranged(jnp.asarray(x), 'token_atoms')
+    return atom_layout.convert(gathers.token_atoms_to_queries, dense).values
+
+  def to_keys(x: jax.Array) -> jax.Array:
+    queries = Arranged(x, 'queries')
+    return atom_layout.convert(gathers.queries_to_keys, queries).values
+
+  dtype = ref.ref_pos.dtype
+  act = linear('embed_ref_pos', ref.ref_pos, 'highest')
+  act += linear('embed_ref_mask', ref.ref_mask[..., None].astype(dtype))
+  act += linear(
+    'embed_ref_element',
+    jax.nn.one_hot(ref.ref_element, _NUM_ELEMENTS, dtype=dtype),
+  )
+  act += linear('embed_ref_charge', jnp.arcsinh(ref.ref_charge)[..., None])
+  chars = jax.nn.one_hot(ref.ref_atom_name_chars, _NUM_CHARS, dtype=dtype)
+  act += linear('embed_ref_atom_name', chars.reshape(*mask.shape, -1))
+  act *= ref.ref_mask[..., None].astype(dtype)
+  single = from_dense(act)
+  queries_mask = from_dense(mask)
+  keep = queries_mask[..., None].astype(dtype)
+  if trunk_single_cond is not None:
+    by_token = linear(
+      'embed_trunk_single_cond',
+      dt.scaled_layer_norm(
+        params, trunk_single_cond, f'{name}_lnorm_trunk_single_cond'
+      ),
+      'highest',
+    )
+    tokens = Arranged(by_token, 'tokens')
+    single += atom_layout.convert(gathers.tokens_to_queries, tokens).values
+  act = single
+  if token_atoms_act is not None:
+    noisy = from_dense(token_atoms_act)
+    act = linear('atom_positions_to_features', noisy, 'highest') * keep + single
+  keys_single = to_keys(single)
+  keys_mask = to_keys(queries_mask)
+
+  row = linear('single_to_pair_cond_row_1', jax.nn.relu(single))
+  column = linear('single_to_pair_cond_col_1', jax.nn.relu(keys_single))
+  pair = row[:, :, None] + column[:, None]
+  if trunk_pair_cond is not None:
+    embedded = linear(
+      'embed_trunk_pair_cond',
+      dt.scaled_layer_norm(
+        params, trunk_pair_cond, f'{name}_lnorm_trunk_pair_cond'
+      ),
+      'highest',
+    )
+    query, key = gathers.tokens_to_queries, gathers.tokens_to_keys
+    both = query.gather_mask[:, :, None] & key.gather_mask[:, None]
+    by_atom = embedded[query.gather_idxs[:, :, None], key.gather_idxs[:, None]]
+    pair += by_atom * both[..., None].astype(dtype)
+  query_pos = from_dense(ref.ref_pos)
+  key_pos = to_keys(query_pos)
+  query_uid = from_dense(batch.ref_space_uid)
+  if config.uid_rule == 'corrected':
+    key_uid = to_keys(query_uid)
+  else:
+    # Positions in the layout of queries, used as those of another layout.
+    dense = jnp.asarray(batch.ref_space_uid).reshape(-1)
+    wrong = gathers.queries_to_keys
+    key_uid = dense[jnp.minimum(wrong.gather_idxs, dense.size - 1)]
+    key_uid *= wrong.gather_mask
+  valid = query_uid[:, :, None] == key_uid[:, None]
+  valid = valid[..., None].astype(dtype)
+  offset = query_pos[:, :, None] - key_pos[:, None]
+  squared = jnp.sum(jnp.square(offset), -1, keepdims=True)
+  pair += linear('embed_pair_offsets_1', offset, 'highest') * valid
+  pair += linear('embed_pair_distances_1', 1 / (1 + squared)) * valid
+  pair += linear('embed_pair_offsets_valid', valid)
+  hidden = linear('pair_mlp_1', jax.nn.relu(pair))
+  hidden = linear('pair_mlp_2', jax.nn.relu(hidden))
+  pair += linear('pair_mlp_3', jax.nn.relu(hidden))
+
+  act = _published_transform(
+    params,
+    batch,
+    (act, queries_mask, single, keys_mask, keys_single, pair),
+    config,
+    _transformer_scope(name, 'encoder'),
+  )
+  act *= keep
+  by_query = linear('project_atom_features_for_aggr', act)
+  by_slot = atom_layout.convert(
+    gathers.queries_to_token_atoms, Arranged(by_query, 'queries')
+  ).values
+  slots = mask[..., None].astype(dtype)
+  total = jnp.sum(slots * jax.nn.relu(by_slot), 1)
+  token_act = total / jnp.maximum(jnp.sum(slots, 1), 1e-10)
+  return AtomCrossAttEncoderOutput(
+    token_act=token_act,
+    skip_connection=act,
+    queries_mask=queries_mask,
+    queries_single_cond=single,
+    keys_mask=keys_mask,
+    keys_single_cond=keys_single,
+    pair_cond=pair,
+    conditioning=None,
+  )
+
+
+def _published_decoder(
+  params: Params,
+  batch: atom_layout.DenseBatch,
+  token_act: jax.Array,
+  encoded: AtomCrossAttEncoderOutput,
+  config: AtomCrossAttConfig,
+  name: str,
+) -> jax.Array:
+  if encoded.pair_cond is None or encoded.conditioning is not None:
+    raise ValueError(
+      "encoded: is of the 'lean' encoder; use the same implementation"
+    )
+  gathers = batch.atom_cross_att
+  by_token = dt.linear(
+    params, token_act, f'{name}_project_token_features_for_broadcast'
+  )
+  shape = (*batch.pred_dense_atom_mask.shape, by_token.shape[-1])
+  dense = Arranged(jnp.broadcast_to(by_token[:, None], shape), 'token_atoms')
+  act = atom_layout.convert(gathers.token_atoms_to_queries, dense).values
+  keep = encoded.queries_mask[..., None].astype(act.dtype)
+  act = (act + encoded.skip_connection) * keep
+  act = _published_transform(
+    params,
+    batch,
+    (
+      act,
+      encoded.queries_mask,
+      encoded.queries_single_cond,
+      encoded.keys_mask,
+      encoded.keys_single_cond,
+      encoded.pair_cond,
+    ),
+    config,
+    _transformer_scope(name, 'decoder'),
+  )
+  act = dt.scaled_layer_norm(
+    params, act * keep, f'{name}_atom_features_layer_norm'
+  )
+  update = dt.linear(
+    params, act, f'{name}_atom_features_to_position_update', 'highest'
+  )
+  return atom_layout.convert(
+    gathers.queries_to_token_atoms, Arranged(update, 'queries')
+  ).values
+
+
+def _published_transform(
+  params: Params,
+  batch: atom_layout.DenseBatch,
+  inputs: tuple[jax.Array, ...],
+  config: AtomCrossAttConfig,
+  scope: str,
+) -> jax.Array:
+  act, queries_mask, single, keys_mask, keys_single, pair = inputs
+  return dt.cross_att_transformer(
+    pm.below(params, f'{scope}/'),
+    Arranged(act, 'queries'),
+    queries_mask,
+    batch.atom_cross_att.queries_to_keys,
+    keys_mask,
+    single,
+    keys_single,
+    pair,
+    name=scope,
+    padded_keys=config.padded_keys,
+  ).values

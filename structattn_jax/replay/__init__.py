@@ -5,7 +5,15 @@
 
 import jax
 
-from structattn_jax.replay import af2_geometry, af2_ipa, pallatom, sedd, seeds
+from structattn_jax.replay import (
+  af2_geometry,
+  af2_ipa,
+  af3_atom_cross_attention,
+  boltz_atom_encoder,
+  pallatom,
+  sedd,
+  seeds,
+)
 from structattn_jax.replay.golden import (
   Golden,
   GoldenError,
@@ -38,10 +46,49 @@ REPLAYS: dict[tuple[str, str], Replay] = {
     'af3_atom_cross_attention',
     'seed_token_atom_attention',
   ): seeds.token_atom_attention,
+  **{
+    ('af3_atom_cross_attention', kind): replay
+    for kind, replay in (
+      ('blocks', af3_atom_cross_attention.blocks),
+      ('encoder', af3_atom_cross_attention.encoder_decoder),
+      ('encoder_decoder', af3_atom_cross_attention.encoder_decoder),
+      ('token_transformer', af3_atom_cross_attention.token_transformer),
+      ('windows', af3_atom_cross_attention.windows),
+    )
+  },
   ('boltz_atom_encoder', 'seed_token_attention'): seeds.token_attention,
+  **{
+    ('boltz_atom_encoder', kind): boltz_atom_encoder.encoder_decoder
+    for kind in (
+      'boltz1_encoder',
+      'boltz1_encoder_decoder',
+      'boltz2_encoder',
+      'boltz2_encoder_decoder',
+    )
+  },
+  ('boltz_atom_encoder', 'conditioning'): boltz_atom_encoder.blocks,
   ('pallatom_atom_transformers', 'build_sparse_pairs'): pallatom.sparse_pairs,
   ('pallatom_atom_transformers', 'AtomTransformer'): pallatom.atom_transformer,
+  (
+    'pallatom_atom_transformers',
+    'AtomFeatureEncoder',
+  ): pallatom.feature_encoder,
+  (
+    'pallatom_atom_transformers',
+    'AtomAttentionDecoder',
+  ): pallatom.attention_decoder,
+  (
+    'pallatom_atom_transformers',
+    'encoder+decoders',
+  ): pallatom.encoder_and_decoders,
   ('sedd_protein_ligand', 'dual_components'): sedd.dual_components,
+  ('sedd_protein_ligand', 'dual_full_width'): sedd.dual_modes,
+  ('sedd_protein_ligand', 'dual_modes'): sedd.dual_modes,
+  ('sedd_protein_ligand', 'dual_sampler'): sedd.dual_sampler,
+  ('sedd_protein_ligand', 'graph_noise'): sedd.graph_noise,
+  ('sedd_protein_ligand', 'sampler'): sedd.sampler,
+  ('sedd_protein_ligand', 'single'): sedd.single,
+  ('sedd_protein_ligand', 'single_v100'): sedd.single_v100,
 }
 
 

@@ -1,24 +1,643 @@
-"""SEDD protein-ligand: the parts of the dual track.
+"""SEDD protein-ligand: networks, graphs, noise, losses, training, samplers."""
 
-Not replayed: `final`, the output layer, which the library does not have yet.
-"""
-
-from collections.abc import Callable, Iterator
-from typing import Any
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, cast
 
 import haiku as hk
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 
+from structattn_jax.discrete_diffusion import graph as graph_lib
+from structattn_jax.discrete_diffusion import losses, sampling
+from structattn_jax.discrete_diffusion import noise as noise_lib
 from structattn_jax.network import sedd_dual_track as sedd
 from structattn_jax.replay import torch_names
-from structattn_jax.replay.golden import Comparison, Golden
+from structattn_jax.replay.golden import Comparison, Golden, GoldenError
 
 _BLOCKS = {
   'block/plain': (),
   'block/cross': ('context', 'context_mask'),
   'block/cross_selfmask': ('self_mask', 'context', 'context_mask'),
 }
+_TRACKS = ('protein', 'ligand')
+
+# Absolute; upstream computes differences of sigma in float32.
+_PROBABILITIES = {'analytic': 5e-5, 'euler': 2e-6}
+# Adam divides small gradients by their size.
+_TRAINED = 5e-5
+
+
+class Place(NamedTuple):
+  """Where a torch parameter is among ours; `index` of the stacked layer."""
+
+  module: str
+  name: str
+  index: int | None
+  transposed: bool
+
+
+def place(torch_name: str) -> Place:
+  """Our place of a parameter of SEDD, of V100 or of the dual track."""
+  path = torch_name.removeprefix('transformer.')
+  index = None
+  block = re.fullmatch(r'(blocks(?:_prot|_lig)?)\.(\d+)\.(.*)', path)
+  if block:
+    outer = 'sedd' if block[1] == 'blocks' else 'dual_track'
+    path = f'{outer}.{sedd.LAYER_STACK}.{block[1]}.{block[3]}'
+    index = int(block[2])
+  path = path.replace('mlp.fc1.', 'mlp.0.').replace('mlp.fc2.', 'mlp.2.')
+  path = path.replace('output_layer.norm.', 'output_layer.norm_final.')
+  if path == 'vocab_embed.weight':
+    path = 'vocab_embed.embedding'
+  path = re.sub(r'mlp\.(\d)', r'mlp_\1', path)
+  path = path.removesuffix('.weight') if 'embedding' in path else path
+  *scope, kind = path.split('.')
+  if scope and scope[-1].startswith('norm'):
+    kind = {'weight': 'scale', 'bias': 'offset'}[kind]
+  is_matrix = kind == 'weight'
+  kind = 'weights' if is_matrix else kind
+  return Place('/'.join(scope), kind, index, is_matrix)
+
+
+def haiku_params(state: Mapping[str, np.ndarray]) -> hk.Params:
+  """A whole state dict as our parameters; buffers are left out."""
+  layers: dict[tuple[str, str], dict[int | None, np.ndarray]] = {}
+  for torch_name, value in state.items():
+    if torch_name.endswith('inv_freq'):
+      continue
+    module, name, index, transposed = place(torch_name)
+    value = value.T if transposed else value
+    layers.setdefault((module, name), {})[index] = value
+  params: dict[str, dict[str, np.ndarray]] = {}
+  for (module, name), found in layers.items():
+    value = found.get(None)
+    if value is None:
+      value = np.stack([found[i] for i in range(len(found))])
+    params.setdefault(module, {})[name] = value
+  return cast(hk.Params, params)
+
+
+def torch_value(params: Any, torch_name: str) -> np.ndarray:
+  """One parameter, or its gradient, in torch's orientation."""
+  module, name, index, transposed = place(torch_name)
+  value = np.asarray(params[module][name])
+  if index is not None:
+    value = value[index]
+  return value.T if transposed else value
+
+
+def dual_config(golden: Golden) -> sedd.DualTrackConfig:
+  """Sizes of a golden of the dual track."""
+  config = golden.meta['config']
+  model, data = config['model'], config['data']
+  extra = int(config['graph']['type'] == 'absorb')
+  return sedd.DualTrackConfig(
+    hidden_size=model['hidden_size'],
+    num_head=model['n_heads'],
+    num_block=model['n_blocks'],
+    cond_dim=model['cond_dim'],
+    protein_vocab=data['vocab_size_protein'] + extra,
+    ligand_vocab=data['vocab_size_ligand'] + extra,
+  )
+
+
+def single_config(golden: Golden) -> sedd.SeddConfig:
+  """Sizes of a golden of a single track."""
+  config = golden.meta['config']
+  model = config['model']
+  v100 = 'n_blocks' not in model
+  return sedd.SeddConfig(
+    hidden_size=model['hidden_size'],
+    num_head=model['n_heads'],
+    num_block=model['n_blocks_prot' if v100 else 'n_blocks'],
+    cond_dim=model['cond_dim'],
+    vocab=config['tokens'] + int(config['graph']['type'] == 'absorb'),
+    variant='v100' if v100 else 'sedd',
+  )
+
+
+def _graph(golden: Golden, dim: int) -> graph_lib.Graph:
+  config = golden.meta['config']
+  if config['graph']['type'] == 'uniform':
+    return graph_lib.Uniform(dim)
+  scaled = config['model'].get('scale_by_sigma', True)
+  return graph_lib.Absorbing(dim, scale_by_sigma=scaled)
+
+
+def _noise(golden: Golden) -> noise_lib.Noise:
+  options = golden.meta['config'].get('noise', {'type': 'loglinear'})
+  if options['type'] == 'loglinear':
+    return noise_lib.LogLinearNoise(eps=options.get('eps', 1e-3))
+  return noise_lib.make_noise(
+    options['type'],
+    # Upstream holds this one in float32.
+    sigma_min=float(np.float32(options['sigma_min'])),
+    sigma_max=options['sigma_max'],
+  )
+
+
+def dual_modes(golden: Golden) -> Iterator[Comparison]:
+  """Log scores of all modes; the joint loss and its gradients."""
+  config, noise = dual_config(golden), _noise(golden)
+  params = haiku_params(_dual_params(golden))
+  inputs: dict[str, Any] = golden.part('inputs')
+  recorded = golden.outputs()
+  sigma = noise.total(inputs['t'])
+  masked = losses.ProteinLigand(
+    inputs['protein_indices'],
+    inputs['ligand_indices'],
+    inputs['protein_mask'],
+    inputs['ligand_mask'],
+  )
+  graphs = {
+    track: _graph(golden, getattr(config, f'{track}_vocab'))
+    for track in _TRACKS
+  }
+  modes = {
+    name.partition('/')[0] for name in recorded if name.endswith('_log_score')
+  }
+  for case in sorted(modes):
+    mode = cast(sedd.Mode, case.removesuffix('_nomask'))
+    tokens = masked
+    if case != mode:
+      tokens = losses.ProteinLigand(masked.protein, masked.ligand)
+
+    @jax.jit
+    def run(params, tokens, sigma, mode=mode):
+      logits = losses.batched_logits(config, params, tokens, sigma, mode=mode)
+      return {
+        track: graphs[track].log_score(
+          getattr(logits, track), getattr(tokens, track), sigma[:, None]
+        )
+        for track in sedd.tracks_of(mode).generated
+      }
+
+    for track, got in run(params, tokens, sigma).items():
+      name = f'{case}/{track}_log_score'
+      if name in recorded:
+        yield golden.value(name, got)
+  if 'loss/joint' not in recorded:
+    return
+
+  clean = losses.ProteinLigand(inputs['protein_x0'], inputs['ligand_x0'])
+
+  @jax.jit
+  def step(params):
+    def loss(params):
+      found = losses.dual_track_loss(
+        config,
+        params,
+        clean,
+        masked,
+        inputs['t'],
+        noise=noise,
+        graphs=graphs,
+        # The published training averages over padding, too.
+        reduction='positions',
+      )
+      return found.loss, found
+
+    return jax.value_and_grad(loss, has_aux=True)(params)
+
+  (loss, found), gradient = step(params)
+  yield golden.value('loss/joint', loss)
+  for track in _TRACKS:
+    if f'loss/{track}_weighted' in recorded:
+      got = getattr(found, f'{track}_weighted')
+      yield golden.value(f'loss/{track}_weighted', got)
+  yield from _gradients(golden, gradient)
+
+
+def _gradients(golden: Golden, gradient: Any) -> Iterator[Comparison]:
+  for name in golden.outputs('grad/'):
+    got = torch_value(gradient, name.removeprefix('grad/'))
+    yield golden.gradient(name, got)
+
+
+def _dual_params(golden: Golden) -> dict[str, np.ndarray]:
+  """Stored parameters, or those of the recipe in `meta`.
+
+  The recipe, for each name in sorted order of one RandomState(seed) stream:
+  z = float32(standard_normal(shape)); vectors: 1 + 0.2 z for weights of norms,
+  else 0.1 z; `embed` 0.5 z; matrices z / sqrt(shape[1]), with 0.5 z for adaLN.
+  """
+  stored = golden.part('params')
+  if stored:
+    return stored
+  shapes = golden.meta['param_shapes']
+  random = np.random.RandomState(golden.meta['seed'])
+  params = {}
+  for name in sorted(shapes):
+    z = random.standard_normal(shapes[name]).astype(np.float32)
+    if z.ndim == 1:
+      is_scale = 'norm' in name.split('.')[-2] and name.endswith('weight')
+      value = 1 + np.float32(0.2) * z if is_scale else np.float32(0.1) * z
+    elif 'embed' in name:
+      value = np.float32(0.5) * z
+    else:
+      scaled = np.float32(0.5) * z if 'adaLN' in name else z
+      value = scaled.astype(np.float64) / np.sqrt(z.shape[1])
+    params[name] = value.astype(np.float32)
+    wanted = golden.meta.get('param_checksum', {}).get(name)
+    if wanted is not None:
+      wide = params[name].astype(np.float64)
+      if not np.allclose([wide.sum(), (wide**2).sum()], wanted, 1e-9, 1e-9):
+        raise GoldenError(f'{golden.case}: the recipe gives another {name}')
+  return params
+
+
+def single(golden: Golden) -> Iterator[Comparison]:
+  """Original SEDD: intermediates, loss, gradients and training steps."""
+  config, noise = single_config(golden), _noise(golden)
+  graph = _graph(golden, config.vocab)
+  params = haiku_params(golden.part('params'))
+  inputs: dict[str, Any] = golden.part('inputs')
+  recorded = golden.outputs()
+  t, noised = inputs['t'], inputs['xt']
+  sigma = noise.total(t)
+  yield golden.value('sigma', sigma)
+  yield golden.value('dsigma', noise.rate(t))
+
+  found = jax.jit(_single_intermediates(config))(params, noised, sigma)
+  found['log_score'] = graph.log_score(
+    found['raw_logits'], noised, sigma[:, None]
+  )
+  for name, got in found.items():
+    if name in recorded:
+      yield golden.value(name, got)
+
+  def loss(params, clean, noised, t):
+    return losses.sedd_loss(
+      config, params, clean, noised, t, noise=noise, graph=graph
+    )
+
+  step = jax.jit(jax.value_and_grad(loss, has_aux=True))
+  (total, weighted), gradient = step(params, inputs['x0'], noised, t)
+  yield golden.value('loss', total)
+  yield golden.value('loss_per_sample', jnp.sum(weighted, -1))
+  yield golden.value('score_entropy', weighted / noise.rate(t)[:, None])
+  yield from _gradients(golden, gradient)
+  if 'train/loss' in recorded:
+    yield from _trained(golden, params, noise, graph, step)
+
+
+def _single_intermediates(
+  config: sedd.SeddConfig,
+) -> Callable[..., dict[str, jax.Array]]:
+  """Embedding, condition, states after each block, and logits of a batch."""
+
+  def run(params, tokens, sigma):
+    def one(tokens, sigma):
+      embed = _own(params, 'vocab_embed')
+      x = _apply(
+        lambda tokens: sedd.TokenEmbedding(
+          config.vocab, config.hidden_size, normalise=False, name='vocab_embed'
+        )(tokens),
+        embed,
+        tokens,
+      )
+      condition = _apply(
+        lambda sigma: sedd.TimestepEmbedder(
+          config.cond_dim, variant=config.variant
+        )(sigma),
+        _own(params, 'sigma_map'),
+        sigma,
+      )
+      found = {'embed': x, 'cond': condition}
+      scope = f'sedd/{sedd.LAYER_STACK}/'
+      for i in range(config.num_block):
+        own = {
+          path.removeprefix(scope): {k: v[i] for k, v in values.items()}
+          for path, values in params.items()
+          if path.startswith(scope)
+        }
+        x = _apply(
+          lambda x, c: sedd.DDiTBlock(config, name='blocks')(x, c),
+          own,
+          x,
+          condition,
+        )
+        found[f'block_{i}'] = x
+      return found
+
+    apply = sedd.transform_sedd(config).apply
+    found = jax.vmap(one)(tokens, sigma)
+    found['raw_logits'] = jax.vmap(apply, (None, 0, 0))(params, tokens, sigma)
+    return found
+
+  return run
+
+
+def _own(params: Any, scope: str) -> Any:
+  return {
+    path: values
+    for path, values in params.items()
+    if path == scope or path.startswith(f'{scope}/')
+  }
+
+
+def _apply(fn: Callable[..., Any], params: Any, *arguments: Any) -> Any:
+  return hk.without_apply_rng(hk.transform(fn)).apply(params, *arguments)
+
+
+def _trained(
+  golden: Golden,
+  params: hk.Params,
+  noise: noise_lib.Noise,
+  graph: graph_lib.Graph,
+  step: Callable[..., Any],
+) -> Iterator[Comparison]:
+  """SEDD's optimiser: warm-up, clipped AdamW, moving average."""
+  options = golden.meta['config']['optim']
+  decay = golden.meta['config']['training']['ema']
+  inputs: dict[str, Any] = golden.part('inputs/train')
+  steps = len(inputs['x0'])
+  rates = [
+    options['lr'] * min((i + 1) / options['warmup'], 1) for i in range(steps)
+  ]
+  adam = optax.chain(
+    optax.scale_by_adam(options['beta1'], options['beta2'], options['eps']),
+    optax.add_decayed_weights(options['weight_decay']),
+  )
+  state, average = adam.init(params), params
+  found = []
+  for i, rate in enumerate(rates):
+    t = losses.times_from_uniform(inputs['t_uniform'][i])
+    noised = _transition_from_uniform(
+      graph,
+      inputs['transition_uniform'][i],
+      inputs['x0'][i],
+      noise.total(t)[:, None],
+      lambda i=i: inputs['transition_randint'][i],
+    )
+    (loss, _), gradient = step(params, inputs['x0'][i], noised, t)
+    found.append(loss)
+    scale = 1 / (optax.global_norm(gradient) + 1e-6)
+    scale = jnp.minimum(options['grad_clip'] * scale, 1)
+    gradient = jax.tree.map(lambda g, scale=scale: g * scale, gradient)
+    updates, state = adam.update(gradient, state, params)
+    params = jax.tree.map(lambda p, u, rate=rate: p - rate * u, params, updates)
+    keep = min(decay, (2 + i) / (11 + i))
+    average = jax.tree.map(
+      lambda s, p, keep=keep: s - (1 - keep) * (s - p), average, params
+    )
+  yield golden.value('train/loss', np.stack(found))
+  yield golden.value('train/lr', np.array(rates))
+  for kind, tree in (('params', params), ('ema', average)):
+    for name in golden.outputs(f'train/{kind}/'):
+      got = torch_value(tree, name.removeprefix(f'train/{kind}/'))
+      yield golden.value(name, got, floor=_relative(golden, name, _TRAINED))
+
+
+def single_v100(golden: Golden) -> Iterator[Comparison]:
+  """The network whose parameters the seed document counts."""
+  config = single_config(golden)
+  params = haiku_params(golden.part('params'))
+  inputs: dict[str, Any] = golden.part('inputs')
+  apply = jax.vmap(sedd.transform_sedd(config).apply, (None, 0, 0))
+  logits = jax.jit(apply)(params, inputs['indices'], inputs['sigma'])
+  got = _graph(golden, config.vocab).log_score(
+    logits, inputs['indices'], inputs['sigma'][:, None]
+  )
+  yield golden.value('log_score', got)
+
+
+def _relative(golden: Golden, name: str, absolute: float) -> float:
+  """An absolute tolerance as a part of the largest value."""
+  largest = np.abs(golden.arrays[f'outputs/{name}']).max()
+  return float(absolute / max(largest, 1e-30))
+
+
+def graph_noise(golden: Golden) -> Iterator[Comparison]:
+  """Schedules, and all of both graphs."""
+  inputs = golden.part('inputs')
+  for name in golden.outputs('noise/'):
+    _, kind, what = name.split('/')
+    noise = _named_noise(kind)
+    t = inputs['noise/t']
+    got = jax.jit(noise.total if what == 'sigma' else noise.rate)(t)
+    yield golden.value(name, got)
+  for kind, make in (
+    ('absorb', graph_lib.Absorbing),
+    ('uniform', graph_lib.Uniform),
+  ):
+    own = golden.part(f'inputs/{kind}')
+    if not own:
+      continue
+    found = jax.jit(_graph_outputs(make(own['log_score'].shape[-1])))(own)
+    for name in golden.outputs(f'{kind}/'):
+      got = found[name.removeprefix(f'{kind}/')]
+      if name.partition('/')[2].startswith('sample_'):
+        yield golden.exact(name, got)
+      else:
+        yield golden.value(name, got)
+
+
+def _named_noise(name: str) -> noise_lib.Noise:
+  kind, _, eps = name.partition('_')
+  if kind == 'loglinear':
+    return noise_lib.LogLinearNoise(eps=float(eps.replace('e', 'e-') or 1e-3))
+  smallest, largest = {'geometric': (1e-4, 20.0), 'cosine': (1e-3, 1.0)}[kind]
+  return noise_lib.make_noise(
+    kind, sigma_min=float(np.float32(smallest)), sigma_max=largest
+  )
+
+
+def _graph_outputs(graph: graph_lib.Graph) -> Callable[..., dict[str, Any]]:
+  """All of one graph, under the names of the golden."""
+
+  def run(inputs):
+    clean, tokens = inputs['x0'], inputs['i']
+    sigma, dsigma = inputs['sigma'], inputs['dsigma']
+    score = jnp.exp(inputs['log_score'])
+    reverse = graph.reverse_rate(tokens, score)
+    probabilities = sampling.step_probabilities(
+      graph, inputs['log_score'], tokens, dsigma
+    )
+    euler = sampling.step_probabilities(
+      graph,
+      inputs['log_score'],
+      tokens,
+      jnp.float32(0.05),
+      predictor='euler',
+    )
+    return {
+      'rate': graph.rate(tokens),
+      'transp_rate': graph.transp_rate(tokens),
+      'transition': graph.transition(tokens, sigma),
+      'transp_transition': graph.transp_transition(tokens, dsigma),
+      'staggered_score': graph.staggered_score(score, dsigma),
+      'reverse_rate': reverse,
+      'score_entropy': graph.score_entropy(
+        inputs['log_score'], sigma, tokens, clean
+      ),
+      'analytic_probs': probabilities,
+      'sample_transition': _transition_from_uniform(
+        graph,
+        inputs['move_uniform'],
+        clean,
+        sigma,
+        lambda: inputs['move_randint'],
+      ),
+      'sample_categorical': sampling.categorical_from_uniform(
+        probabilities, inputs['cat_uniform']
+      ),
+      'sample_rate': sampling.categorical_from_uniform(
+        euler, inputs['rate_uniform']
+      ),
+    }
+
+  return run
+
+
+def _transition_from_uniform(
+  graph: graph_lib.Graph,
+  uniform: Any,
+  tokens: Any,
+  sigma: Any,
+  replacement: Callable[[], Any],
+) -> jax.Array:
+  if isinstance(graph, graph_lib.Absorbing):
+    return graph.sample_transition_from_uniform(uniform, tokens, sigma)
+  return graph.sample_transition_from_uniform(
+    uniform, tokens, sigma, replacement()
+  )
+
+
+def sampler(golden: Golden) -> Iterator[Comparison]:
+  """Whole trajectories of a single track."""
+  config, noise = single_config(golden), _noise(golden)
+  graph = _graph(golden, config.vocab)
+  params = haiku_params(golden.part('params'))
+  inputs: dict[str, Any] = golden.part('inputs')
+  recorded = golden.outputs()
+  apply = jax.vmap(sedd.transform_sedd(config).apply, (None, 0, None))
+
+  @jax.jit
+  def network(tokens, sigma):
+    return {'only': apply(params, tokens['only'], sigma)}
+
+  for case in sorted({name.partition('/')[0] for name in recorded}):
+    predictor = case.removesuffix('_cond')
+    states = golden.arrays[f'outputs/{case}/states']
+    start: Any = states[0]
+    fixed: Any = None
+    if isinstance(graph, graph_lib.Absorbing):
+      start = np.full_like(start, graph.absorbing)
+    if case != predictor:
+      locations = inputs['cond/locs']
+      mask = np.isin(np.arange(start.shape[-1]), locations)
+      values = np.zeros_like(start)
+      values[:, locations] = inputs['cond/ids']
+      fixed = {'only': (values, mask)}
+    found = sampling.sample_from_uniform(
+      network,
+      {'only': graph},
+      {'only': start.astype(np.int32)},
+      {'only': inputs[f'{case}/uniform']},
+      {'only': inputs[f'{case}/uniform_denoise']},
+      noise=noise,
+      sampler=_sampler(golden, predictor),
+      fixed=cast(Any, fixed),
+    )
+    yield from _replayed(golden, found, predictor, {'only': f'{case}/'})
+
+
+def dual_sampler(golden: Golden) -> Iterator[Comparison]:
+  """Whole trajectories of the dual track: conditional, and joint."""
+  config, noise = dual_config(golden), _noise(golden)
+  params = haiku_params(_dual_params(golden))
+  inputs: dict[str, Any] = golden.part('inputs')
+  recorded = golden.outputs()
+  given = losses.ProteinLigand(
+    inputs['protein_indices'],
+    inputs['ligand_indices'],
+    inputs.get('protein_mask'),
+    inputs.get('ligand_mask'),
+  )
+  predictors = golden.meta['predictor']
+  for mode in cast(
+    list[sedd.Mode], sorted({name.partition('/')[0] for name in recorded})
+  ):
+    kind = 'joint' if mode == 'joint' else 'conditional'
+    predictor = predictors[kind].split()[0]
+    tracks = sedd.tracks_of(mode).generated
+    graphs = {
+      track: _graph(golden, getattr(config, f'{track}_vocab'))
+      for track in tracks
+    }
+    suffix = {track: f'_{track}' if mode == 'joint' else '' for track in tracks}
+    prefix = {
+      track: f'{mode}/{track}_' if mode == 'joint' else f'{mode}/'
+      for track in tracks
+    }
+
+    @jax.jit
+    def network(tokens, sigma, mode=mode):
+      batch = dataclasses.replace(given, **dict(tokens))
+      size = len(next(iter(tokens.values())))
+      logits = losses.batched_logits(
+        config, params, batch, jnp.full(size, sigma), mode=mode
+      )
+      return {track: getattr(logits, track) for track in tokens}
+
+    start: dict[str, Any] = {}
+    for track in tracks:
+      states = golden.arrays[f'outputs/{prefix[track]}states']
+      graph = graphs[track]
+      start[track] = states[0].astype(np.int32)
+      if isinstance(graph, graph_lib.Absorbing):
+        start[track] = np.full_like(start[track], graph.absorbing)
+    found = sampling.sample_from_uniform(
+      network,
+      graphs,
+      start,
+      {track: inputs[f'{mode}/uniform{suffix[track]}'] for track in tracks},
+      {
+        track: inputs[f'{mode}/uniform_denoise{suffix[track]}']
+        for track in tracks
+      },
+      noise=noise,
+      sampler=_sampler(golden, predictor),
+    )
+    yield from _replayed(golden, found, predictor, prefix)
+
+
+def _sampler(golden: Golden, predictor: str) -> sampling.SamplerConfig:
+  return sampling.SamplerConfig(
+    steps=golden.meta['steps'],
+    eps=golden.meta['eps'],
+    predictor=cast(sampling.Predictor, predictor),
+  )
+
+
+def _replayed(
+  golden: Golden,
+  found: sampling.Replay,
+  predictor: str,
+  prefixes: Mapping[str, str],
+) -> Iterator[Comparison]:
+  """States and results exactly; probabilities where they are recorded."""
+  denoised = found.denoiser_probabilities or {}
+  for track, prefix in prefixes.items():
+    for name, got, absolute in (
+      ('states', found.states[track], None),
+      ('final', found.tokens[track], None),
+      ('probs', found.probabilities[track], _PROBABILITIES[predictor]),
+      ('probs_denoise', denoised.get(track), _PROBABILITIES['analytic']),
+    ):
+      output = f'{prefix}{name}'
+      if f'outputs/{output}' not in golden.arrays:
+        continue
+      if absolute is None:
+        yield golden.exact(output, got)
+      else:
+        floor = _relative(golden, output, absolute)
+        yield golden.value(output, got, floor=floor)
 
 
 def dual_components(golden: Golden) -> Iterator[Comparison]:
@@ -68,6 +687,15 @@ def dual_components(golden: Golden) -> Iterator[Comparison]:
     )
     yield golden.value('embed', got)
   yield from _rotary(golden, recorded)
+  if 'final' in recorded:
+    got = run(
+      'protein_output',
+      'protein_output',
+      lambda: sedd.FinalLayer(config, len(embedding), name='protein_output'),
+      inputs['x'],
+      inputs['cond'],
+    )
+    yield golden.value('final', got)
 
   block = 'blocks_prot.0'
   for name, masked in (('nomask', False), ('mask', True)):

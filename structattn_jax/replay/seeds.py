@@ -6,7 +6,7 @@ import jax
 
 from structattn_jax.components import segment
 from structattn_jax.network import atom_cross_attention as aca
-from structattn_jax.network import boltz_encoders
+from structattn_jax.network import boltz_token_attention
 from structattn_jax.replay import golden as golden_lib
 from structattn_jax.replay.golden import Comparison, Golden
 
@@ -36,12 +36,12 @@ def token_attention(golden: Golden) -> Iterator[Comparison]:
     ids = inputs['atom_to_token']
     num_tokens = len(golden.arrays[f'outputs/{output}'])
     num_head, d_head = inputs['w_q'].shape[1:]
-    config = boltz_encoders.TokenAttentionPoolConfig(
+    config = boltz_token_attention.TokenAttentionPoolConfig(
       num_head=num_head,
       d_head=d_head,
       max_atoms_per_token=segment.max_segment_size(ids, num_tokens),
     )
-    apply = boltz_encoders.transform_token_attention_pool(
+    apply = boltz_token_attention.transform_token_attention_pool(
       config, num_tokens=num_tokens
     ).apply
     weights = {name: inputs[name] for name in ('w_q', 'w_k', 'w_v')}

@@ -19,7 +19,8 @@ def haiku_params(
   """
   params: dict[str, dict[str, Any]] = {}
   for name, value in state.items():
-    *path, kind = re.sub(r'(blocks|mlp)\.(\d+)', r'\1_\2', name).split('.')
+    local = re.sub(r'(blocks|mlp|mlp_p)\.(\d+)', r'\1_\2', name)
+    *path, kind = local.split('.')
     if path and path[-1] == 'embedding':
       kind, path = 'embedding', path[:-1]
     elif path and path[-1].startswith('norm'):

@@ -1,0 +1,115 @@
+"""Tables of parameters, for code that computes with a parameter tree.
+
+A system whose upstream stacks the parameters of its blocks, or whose fast path
+folds some of them into others, is written as pure functions of a Haiku
+parameter tree {module: {name: array}}. Its table says which parameters there
+are; Haiku modules and `init_parameters` make them from it.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+
+from structattn_jax.components import haiku_modules as hm
+
+Params = Mapping[str, Mapping[str, jax.Array]]
+
+
+class Parameter(NamedTuple):
+  """Shape and initialiser of one array."""
+
+  shape: tuple[int, ...]
+  initializer: hk.initializers.Initializer
+
+
+Table = dict[str, dict[str, Parameter]]
+
+
+def linear(
+  num_input: int,
+  *num_output: int,
+  initializer: hm.Initializer = 'linear',
+  bias: float | None = None,
+) -> dict[str, Parameter]:
+  """Of y[o...] = sum_c x[c] weights[c, o...] + bias[o...].
+
+  Args:
+    num_input: input channels.
+    *num_output: output channels, such as n_head, d_head.
+    initializer: of the weights; see `haiku_modules.initializer`.
+    bias: initial value of the bias; None: no bias.
+  """
+  weights = hm.initializer(initializer, num_input)
+  table = {'weights': Parameter((num_input, *num_output), weights)}
+  if bias is not None:
+    constant = hk.initializers.Constant(bias)
+    table['bias'] = Parameter(tuple(num_output), constant)
+  return table
+
+
+def layer_norm(channels: int, *, offset: bool = False) -> dict[str, Parameter]:
+  """Of a layer norm with a scale and, if asked for, an offset."""
+  table = {'scale': Parameter((channels,), hk.initializers.Constant(1.0))}
+  if offset:
+    zero = hk.initializers.Constant(0.0)
+    table['offset'] = Parameter((channels,), zero)
+  return table
+
+
+def stack(table: Table, *sizes: int, prefix: str = '') -> Table:
+  """The table of blocks whose parameters are stacked on leading axes."""
+  return {
+    f'{prefix}{module}': {
+      name: Parameter((*sizes, *parameter.shape), parameter.initializer)
+      for name, parameter in arrays.items()
+    }
+    for module, arrays in table.items()
+  }
+
+
+def haiku_parameters(
+  table: Table, dtype: Any = jnp.float32
+) -> dict[str, dict[str, jax.Array]]:
+  """Makes or gets all parameters of a table, below the current module.
+
+  Call it once per module method: a second call would make new ones.
+  """
+  # Haiku numbers scopes that are entered twice: modules below a common one
+  # must be made together.
+  nested: dict[str, Table] = {}
+  for module, arrays in table.items():
+    first, _, rest = module.partition('/')
+    nested.setdefault(first, {})[rest] = arrays
+  params = {}
+  for first, modules in nested.items():
+    with hk.name_scope(first):
+      for name, p in modules.pop('', {}).items():
+        array = hk.get_parameter(name, p.shape, dtype, p.initializer)
+        params.setdefault(first, {})[name] = array
+      for rest, arrays in haiku_parameters(modules, dtype).items():
+        params[f'{first}/{rest}'] = arrays
+  return params
+
+
+def init_parameters(
+  table: Table, key: jax.Array, dtype: Any = jnp.float32
+) -> dict[str, dict[str, jax.Array]]:
+  """Initial values of all parameters of a table."""
+  init = hk.transform(lambda: haiku_parameters(table, dtype)).init
+  return init(key)
+
+
+def below(params: Params, scope: str) -> dict[str, Mapping[str, jax.Array]]:
+  """The modules whose path starts with `scope`, without it.
+
+  >>> sorted(below({'a/b/c': {}, 'a/d': {}}, 'a/b/'))
+  ['c']
+  """
+  return {
+    module.removeprefix(scope): arrays
+    for module, arrays in params.items()
+    if module.startswith(scope)
+  }

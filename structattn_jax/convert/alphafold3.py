@@ -1,0 +1,388 @@
+"""AlphaFold 3 parameters: atom encoder and decoder, and token transformer.
+
+Reads the released format (see `record_file`). Users bring their own parameters
+under the terms of AlphaFold 3. Our modules have upstream's names and shapes, so
+only the scope in front of them is cut off.
+
+Two copies of the atom attention are in a model, told apart by the prefix of
+their names: 'evoformer_conditioning', an encoder in the trunk without noisy
+positions and trunk inputs, and 'diffusion', encoder and decoder of the
+diffusion head. Sizes are read off the shapes. The pair embedding is built
+twice upstream and the first result never used; its parameters, the ones without
+`_1`, are taken over all the same, as a Haiku module with these names has them.
+"""
+
+import collections
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal
+
+import haiku as hk
+import numpy as np
+
+from structattn_jax import checkpoint
+from structattn_jax.checkpoint import CheckpointError
+from structattn_jax.convert import record_file
+from structattn_jax.network import atom_cross_attention as aca
+from structattn_jax.network import diffusion_transformer as dt
+
+Copy = Literal['diffusion', 'evoformer_conditioning']
+
+_DIFFUSION_HEAD = 'diffuser/~/diffusion_head'
+SCOPES: Mapping[Copy, str] = {
+  'diffusion': _DIFFUSION_HEAD,
+  'evoformer_conditioning': 'diffuser',
+}
+TRANSFORMER_SCOPE = f'{_DIFFUSION_HEAD}/transformer'
+
+# Name, array, axes. C atom, D token, P atom pair, S trunk single and Z trunk
+# pair channels; L blocks of H heads with K key and V value channels each; F
+# hidden channels per channel; N super blocks of B blocks.
+_ENCODER = """
+embed_ref_pos weights 3 C
+embed_ref_mask weights 1 C
+embed_ref_element weights 128 C
+embed_ref_charge weights 1 C
+embed_ref_atom_name weights 256 C
+single_to_pair_cond_row_1 weights C P
+single_to_pair_cond_col_1 weights C P
+embed_pair_offsets_1 weights 3 P
+embed_pair_distances_1 weights 1 P
+embed_pair_offsets_valid weights 1 P
+single_to_pair_cond_row weights C P
+single_to_pair_cond_col weights C P
+embed_pair_offsets weights 3 P
+embed_pair_distances weights 1 P
+pair_mlp_1 weights P P
+pair_mlp_2 weights P P
+pair_mlp_3 weights P P
+project_atom_features_for_aggr weights C D
+"""
+_DIFFUSION = """
+lnorm_trunk_single_cond scale S
+embed_trunk_single_cond weights S C
+lnorm_trunk_pair_cond scale Z
+embed_trunk_pair_cond weights Z P
+atom_positions_to_features weights 3 C
+project_token_features_for_broadcast weights D C
+atom_features_layer_norm scale C
+atom_features_to_position_update weights C 3
+"""
+# Of a block with C channels and S channels of conditioning. The first two
+# lines once for each adaptive layer norm.
+_NORM = """
+single_cond_layer_norm scale S
+single_cond_scale weights S C
+single_cond_scale bias C
+single_cond_bias weights S C
+"""
+_BLOCK = """
+q_projection weights C H K
+q_projection bias H K
+k_projection weights C H K
+v_projection weights C H V
+gating_query weights C H*V
+transition2 weights H*V C
+adaptive_zero_cond weights S C
+adaptive_zero_cond bias C
+ffw_transition1 weights C 2*F*C
+ffw_transition2 weights F*C C
+ffw_adaptive_zero_cond weights S C
+ffw_adaptive_zero_cond bias C
+"""
+
+Axes = tuple[str, ...]
+Table = dict[tuple[str, str], Axes]
+
+
+def atom_cross_att_table(copy: Copy) -> Table:
+  """Axes of every parameter of one copy, by module and array.
+
+  Args:
+    copy: prefix of the names.
+  """
+  table = _parse(_ENCODER, f'{copy}_')
+  parts = ['encoder']
+  if copy == 'diffusion':
+    table.update(_parse(_DIFFUSION, f'{copy}_'))
+    parts.append('decoder')
+  for part in parts:
+    name = f'{copy}_atom_transformer_{part}'
+    # The decoder has sizes of its own.
+    own = '' if part == 'encoder' else "'"
+    sizes = {x: x + own for x in 'LHKVF'}
+    table[f'{name}/pair_input_layer_norm', 'scale'] = ('P',)
+    table[f'{name}/pair_logits_projection', 'weights'] = tuple(
+      _axes('P L H', sizes)
+    )
+    block = {**sizes, 'S': 'C'}
+    prefix = f'{name}/__layer_stack_with_per_layer/{name}'
+    for norm in ('q', 'k', 'ffw_'):
+      table.update(_parse(_NORM, f'{prefix}{norm}', 'L', block))
+    table.update(_parse(_BLOCK, prefix, 'L', block))
+  return table
+
+
+def transformer_table() -> Table:
+  """Axes of every parameter of the token transformer."""
+  stack = '__layer_stack_with_per_layer/'
+  table: Table = {
+    ('pair_input_layer_norm', 'scale'): ('Z',),
+    (f'{stack}pair_logits_projection', 'weights'): ('N', 'Z', 'B', 'H'),
+  }
+  prefix = f'{stack}{stack}transformer'
+  for norm in ('', 'ffw_'):
+    table.update(_parse(_NORM, f'{prefix}{norm}', 'N B'))
+  table.update(_parse(_BLOCK, prefix, 'N B'))
+  return table
+
+
+def load_atom_cross_att(
+  path: checkpoint.Path,
+  copy: Copy = 'diffusion',
+  *,
+  scope: str | None = None,
+  model: str | None = None,
+) -> tuple[aca.AtomCrossAttConfig, hk.Params]:
+  """Reads one copy of the atom encoder, with its decoder if it has one.
+
+  Args:
+    path: a folder, the file of a model, or any of its shards.
+    copy: 'diffusion' or 'evoformer_conditioning'.
+    scope: module path in front of the names; None takes the published one.
+    model: which model of a folder with several.
+
+  Returns:
+    The configuration, and parameters as float32 NumPy arrays for the functions
+    of `network.atom_cross_attention` with `name=copy`.
+
+  Raises:
+    CheckpointError: if files are missing or damaged; or if entries are
+      missing, unknown or of a wrong shape or dtype, listing all of them.
+    ImportError: if the file is compressed and zstandard is not installed.
+  """
+  if copy not in SCOPES:
+    raise ValueError(f'copy: expected one of {[*SCOPES]}, got {copy!r}')
+  scope = SCOPES[copy] if scope is None else scope.strip('/')
+  outer = f'{scope}/' if scope else ''
+  params, sizes = _load(
+    path, model, outer, f'{outer}{copy}_', atom_cross_att_table(copy)
+  )
+  encoder = _cross_att_config(sizes, '')
+  decoder = _cross_att_config(sizes, "'") if copy == 'diffusion' else encoder
+  config = aca.AtomCrossAttConfig(
+    per_token_channels=sizes['D'],
+    per_atom_channels=sizes['C'],
+    per_atom_pair_channels=sizes['P'],
+    atom_transformer=encoder,
+    decoder_transformer=None if decoder == encoder else decoder,
+  )
+  return config, params
+
+
+def load_transformer(
+  path: checkpoint.Path,
+  *,
+  scope: str = TRANSFORMER_SCOPE,
+  model: str | None = None,
+) -> tuple[dt.TransformerConfig, hk.Params]:
+  """Reads the token transformer of the diffusion head.
+
+  Args:
+    path: a folder, the file of a model, or any of its shards.
+    scope: its module path.
+    model: which model of a folder with several.
+
+  Returns:
+    The configuration, and parameters as float32 NumPy arrays for
+    `network.diffusion_transformer.transformer`.
+
+  Raises:
+    CheckpointError: as `load_atom_cross_att`.
+    ImportError: as `load_atom_cross_att`.
+  """
+  outer = f'{scope.strip("/")}/'
+  params, sizes = _load(path, model, outer, outer, transformer_table())
+  config = dt.TransformerConfig(
+    attention=dt.SelfAttentionConfig(
+      num_head=sizes['H'],
+      key_dim=sizes['H'] * sizes['K'],
+      value_dim=sizes['H'] * sizes['V'],
+    ),
+    num_blocks=sizes['N'] * sizes['B'],
+    super_block_size=sizes['B'],
+    num_intermediate_factor=sizes['F'],
+  )
+  return config, params
+
+
+def save_params(
+  path: checkpoint.Path,
+  params: Mapping[str, Mapping[str, Any]],
+  *,
+  scope: str = '',
+  num_shards: int = 1,
+) -> None:
+  """Writes Haiku parameters in the released format.
+
+    config, params = load_atom_cross_att('af3.bin.zst')
+    save_params('mine.bin.zst', params, scope=SCOPES['diffusion'])
+
+  Args:
+    path: `X.bin.zst`, which is compressed, or `X.bin`.
+    params: {module: {name: array}}.
+    scope: module path to put in front.
+    num_shards: number of shards; see `record_file.write_records`.
+
+  Raises:
+    ValueError: as `record_file.write_records`.
+    ImportError: likewise.
+    OSError: likewise.
+  """
+  outer = f'{scope.strip("/")}/' if scope else ''
+  record_file.write_records(
+    path,
+    [
+      record_file.Record(
+        f'{outer}{module}', name, np.asarray(params[module][name])
+      )
+      for module in sorted(params)
+      for name in sorted(params[module])
+    ],
+    num_shards=num_shards,
+  )
+
+
+def _cross_att_config(
+  sizes: Mapping[str, int], own: str
+) -> dt.CrossAttTransformerConfig:
+  blocks, head, key, value, factor = (sizes[x + own] for x in 'LHKVF')
+  return dt.CrossAttTransformerConfig(
+    num_intermediate_factor=factor,
+    num_blocks=blocks,
+    attention=dt.CrossAttentionConfig(
+      num_head=head, key_dim=head * key, value_dim=head * value
+    ),
+  )
+
+
+def _parse(
+  text: str,
+  prefix: str,
+  leading: str = '',
+  sizes: Mapping[str, str] | None = None,
+) -> Table:
+  table: Table = {}
+  for line in text.split('\n'):
+    if line:
+      name, array, axes = line.split(' ', 2)
+      table[f'{prefix}{name}', array] = tuple(
+        _axes(f'{leading} {axes}', sizes or {})
+      )
+  return table
+
+
+def _axes(text: str, sizes: Mapping[str, str]) -> Iterator[str]:
+  """Axes with sizes renamed."""
+  for axis in text.split():
+    yield '*'.join(sizes.get(factor, factor) for factor in axis.split('*'))
+
+
+def _load(
+  path: checkpoint.Path,
+  model: str | None,
+  outer: str,
+  prefix: str,
+  table: Table,
+) -> tuple[hk.Params, dict[str, int]]:
+  """Reads all below `prefix`, without `outer`, and checks it."""
+  arrays: dict[tuple[str, str], np.ndarray] = {}
+  others: dict[str, None] = {}
+
+  def keep(scope: str) -> bool:
+    if not scope.startswith(prefix):
+      others[scope] = None
+    return scope.startswith(prefix)
+
+  for record in record_file.read_records(path, keep=keep, model=model):
+    # As published: what comes later wins.
+    arrays[record.scope.removeprefix(outer), record.name] = record.array
+  if not arrays:
+    found = ', '.join(list(others)[:3])
+    raise CheckpointError(
+      f'{path}: nothing is called {prefix}...; the file holds {found} and '
+      f'{max(len(others) - 3, 0)} more'
+    )
+  known = {name: array for name, array in arrays.items() if name in table}
+  sizes = _sizes(table, known)
+  problems = [
+    f'missing {outer}{module}//{name}'
+    for module, name in table
+    if (module, name) not in arrays
+  ]
+  problems += [
+    f'unknown {outer}{module}//{name}'
+    for module, name in arrays
+    if (module, name) not in table
+  ]
+  for (module, name), array in known.items():
+    lengths = [_length(axis, sizes) for axis in table[module, name]]
+    if list(array.shape) != lengths:
+      symbols = ', '.join(table[module, name])
+      problems.append(
+        f'wrong {outer}{module}//{name} has shape {list(array.shape)}, '
+        f'expected {lengths} = [{symbols}]'
+      )
+    elif array.dtype != np.float32:
+      problems.append(
+        f'wrong {outer}{module}//{name} has dtype {array.dtype}, expected '
+        'float32'
+      )
+  if problems:
+    raise CheckpointError(
+      f'{path}: does not fit the AlphaFold 3 parameters {prefix}...: '
+      f'{"; ".join(problems)}'
+    )
+  params: dict[str, Any] = {}
+  for module, name in table:
+    params.setdefault(module, {})[name] = arrays[module, name]
+  return params, {size: length for size, length in sizes.items() if length}
+
+
+def _sizes(
+  table: Table, arrays: Mapping[tuple[str, str], np.ndarray]
+) -> dict[str, int | None]:
+  """The sizes that most axes have; so one wrong array is blamed alone."""
+  symbols = {
+    factor
+    for axes in table.values()
+    for axis in axes
+    for factor in axis.split('*')
+    if not factor.isdigit()
+  }
+  sizes: dict[str, int | None] = dict.fromkeys(sorted(symbols))
+  # Products of several sizes second.
+  for most in (1, math.inf):
+    votes: dict[str, collections.Counter[int]] = collections.defaultdict(
+      collections.Counter
+    )
+    for key, array in arrays.items():
+      if array.ndim == len(table[key]):
+        for axis, length in zip(table[key], array.shape, strict=True):
+          unknown = [
+            x for x in axis.split('*') if x in sizes and sizes[x] is None
+          ]
+          if len(unknown) == 1 and len(axis.split('*')) <= most:
+            known = _length(axis, {**sizes, unknown[0]: 1})
+            if known and length and length % known == 0:
+              votes[unknown[0]][length // known] += 1
+    for symbol, counted in votes.items():
+      sizes[symbol] = counted.most_common(1)[0][0]
+  return sizes
+
+
+def _length(axis: str, sizes: Mapping[str, int | None]) -> int | None:
+  """The length of an axis, None if a size in it is unknown."""
+  factors = [int(x) if x.isdigit() else sizes[x] for x in axis.split('*')]
+  known = [factor for factor in factors if factor is not None]
+  return math.prod(known) if len(known) == len(factors) else None

@@ -1,0 +1,584 @@
+"""Boltz's transformers with pair bias: over windows of atoms, over tokens.
+
+Abramson et al. (2024) Suppl. Algs. 7 (atom transformer), 23 (diffusion
+transformer), 24 (attention with pair bias), 25 (conditioned transition) and 26
+(adaptive layer norm). Mirrors boltz `model/modules/transformers.py`,
+`transformersv2.py` and `model/layers/attention.py`, `attentionv2.py` @ 832486d.
+
+Everything is a pure function of a parameter tree; the Haiku modules wrap them.
+Names are upstream's: the torch module `a.0.b` is the Haiku module `a_0/b`, its
+`weight` [out, in] is `weights` [in, out], or `scale` with `offset` for its
+`bias` in a layer norm. Upstream's state dicts hold `output_projection.0` as a
+second name of `output_projection_linear`; here there is one.
+
+Shapes: n_atom rows (atoms, or tokens in one window of all); n_window windows
+of n_query and n_key atoms; c channels, c_cond of the conditioning; n_head
+heads. Window k has the queries n_query k ... and, as `components.windows`
+says, the keys around them, zero and masked beyond the ends.
+
+Differs from the paper as the released code does: keys share the adaptive layer
+norm of the queries; the transition follows the attention instead of running
+beside it and has a third factor `a_to_b`; gates see the conditioning before
+its layer norm; a key is masked for all queries.
+Differs from the released code: rows whose keys are all masked attend to
+nothing, where upstream subtracts 10^6 from all of their logits; projections
+are computed once per atom, not once per window; what depends on the
+conditioning alone (`LayerTerms`, pair biases) can be computed in advance.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+
+from structattn_jax.common import checks, numerics
+from structattn_jax.components import haiku_modules as hm
+from structattn_jax.components import parameters as pm
+from structattn_jax.components import windows
+from structattn_jax.components.parameters import Params
+from structattn_jax.kernels import windowed_attention as kernel
+
+# Logit of a masked key: its weight is zero, and no infinity meets another.
+MASKED = -1e9
+# Fresh gates are sigmoid of this, 0.119.
+_GATE_BIAS = -2.0
+
+
+class LayerTerms(NamedTuple):
+  """What a layer needs of the conditioning, each [n_atom, c]."""
+
+  attention_scale: jax.Array
+  attention_shift: jax.Array
+  attention_gate: jax.Array
+  transition_scale: jax.Array
+  transition_shift: jax.Array
+  transition_gate: jax.Array
+
+
+# Tables of parameters.
+
+
+def linear_parameters(
+  num_input: int,
+  num_output: int,
+  *,
+  initializer: hm.Initializer = 'torch',
+  use_bias: bool = False,
+) -> dict[str, pm.Parameter]:
+  """Of a linear layer that starts as torch's: weights and bias uniform."""
+  table = pm.linear(num_input, num_output, initializer=initializer)
+  if use_bias:
+    uniform = hm.initializer('torch', num_input)
+    table['bias'] = pm.Parameter((num_output,), uniform)
+  return table
+
+
+def layer_norm_parameters(channels: int) -> dict[str, pm.Parameter]:
+  """Of a layer norm with scale and offset."""
+  return pm.layer_norm(channels, offset=True)
+
+
+def ada_ln_parameters(channels: int, cond_channels: int) -> pm.Table:
+  """Of `ada_ln`."""
+  return {
+    's_norm': pm.layer_norm(cond_channels),
+    's_scale': linear_parameters(cond_channels, channels, use_bias=True),
+    's_bias': linear_parameters(cond_channels, channels),
+  }
+
+
+def attention_parameters(
+  channels: int, num_head: int, pair_channels: int | None = None
+) -> pm.Table:
+  """Of `attention_pair_bias`; with pair channels, of `pair_bias` too."""
+  if channels % num_head:
+    raise ValueError(
+      f'channels={channels} must be divisible by num_head={num_head}'
+    )
+  table = {
+    'proj_q': linear_parameters(channels, channels, use_bias=True),
+    **{
+      f'proj_{x}': linear_parameters(channels, channels)
+      for x in ('k', 'v', 'g')
+    },
+    'proj_o': linear_parameters(channels, channels, initializer='zeros'),
+  }
+  if pair_channels is not None:
+    table |= pair_bias_parameters(pair_channels, num_head, 'proj_z')
+  return table
+
+
+def pair_bias_parameters(
+  pair_channels: int, num_bias: int, name: str
+) -> pm.Table:
+  """Of `pair_bias`: a layer norm and a linear layer without bias."""
+  return {
+    f'{name}_0': layer_norm_parameters(pair_channels),
+    f'{name}_1': linear_parameters(pair_channels, num_bias),
+  }
+
+
+def transition_parameters(
+  channels: int, cond_channels: int, expansion_factor: int = 2
+) -> pm.Table:
+  """Of `conditioned_transition`."""
+  hidden = expansion_factor * channels
+  return {
+    **below('adaln', ada_ln_parameters(channels, cond_channels)),
+    'swish_gate_0': linear_parameters(channels, 2 * hidden),
+    'a_to_b': linear_parameters(channels, hidden),
+    'b_to_a': linear_parameters(hidden, channels),
+    'output_projection_0': _gate_parameters(channels, cond_channels),
+  }
+
+
+def diffusion_transformer_parameters(
+  depth: int,
+  num_head: int,
+  channels: int,
+  cond_channels: int,
+  pair_channels: int | None = None,
+  *,
+  post_layer_norm: bool = False,
+) -> pm.Table:
+  """Of `diffusion_transformer`.
+
+  Args:
+    depth: number of layers.
+    num_head: number of heads.
+    channels: c.
+    cond_channels: c_cond.
+    pair_channels: those of the pair of Boltz-1, whose layers project it
+      themselves; None where biases are given, as in Boltz-2.
+    post_layer_norm: whether each layer ends with a layer norm (Boltz-2).
+  """
+  attention = attention_parameters(channels, num_head, pair_channels)
+  layer = {
+    **below('adaln', ada_ln_parameters(channels, cond_channels)),
+    **below('pair_bias_attn', attention),
+    'output_projection_linear': _gate_parameters(channels, cond_channels),
+    **below('transition', transition_parameters(channels, cond_channels)),
+  }
+  if post_layer_norm:
+    layer['post_lnorm'] = layer_norm_parameters(channels)
+  return {
+    name: parameter
+    for i in range(depth)
+    for name, parameter in below(f'layers_{i}', layer).items()
+  }
+
+
+def _gate_parameters(
+  channels: int, cond_channels: int
+) -> dict[str, pm.Parameter]:
+  return pm.linear(
+    cond_channels, channels, initializer='zeros', bias=_GATE_BIAS
+  )
+
+
+def below(scope: str, table: pm.Table) -> pm.Table:
+  """The table of a module called `scope`."""
+  return {f'{scope}/{name}': arrays for name, arrays in table.items()}
+
+
+# Functions of parameters.
+
+
+def linear(params: Params, name: str, x: jax.Array) -> jax.Array:
+  """X @ weights + bias, where there is one, in the dtype of `x`."""
+  own = params[name]
+  y = x @ own['weights'].astype(x.dtype)
+  return y + own['bias'].astype(x.dtype) if 'bias' in own else y
+
+
+def layer_norm(params: Params, name: str, x: jax.Array) -> jax.Array:
+  """Layer norm with scale and, where there is one, offset."""
+  own = params[name]
+  y = numerics.layer_norm(numerics.at_least_float32(x)) * own['scale']
+  return (y + own['offset'] if 'offset' in own else y).astype(x.dtype)
+
+
+def pair_bias(params: Params, name: str, pair: jax.Array) -> jax.Array:
+  """Linear(LN(pair)): [..., c_pair] to [..., num_bias], at least float32."""
+  pair = numerics.at_least_float32(pair)
+  return linear(params, f'{name}_1', layer_norm(params, f'{name}_0', pair))
+
+
+def ada_ln(params: Params, a: jax.Array, s: jax.Array) -> jax.Array:
+  """Adaptive layer norm, Alg. 26.
+
+  sigmoid(Linear(s')) LN(a) + Linear'(s'), s' = LN(s) with scale, no offset.
+  """
+  scale, shift = _ada_ln_terms(params, numerics.layer_norm(s))
+  return scale * numerics.layer_norm(a) + shift
+
+
+def _ada_ln_terms(
+  params: Params, normalised: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Scale and shift from LN(s) without its scale."""
+  x = normalised * params['s_norm']['scale'].astype(normalised.dtype)
+  return jax.nn.sigmoid(linear(params, 's_scale', x)), linear(
+    params, 's_bias', x
+  )
+
+
+def conditioned_transition(
+  params: Params, a: jax.Array, s: jax.Array
+) -> jax.Array:
+  """The update of `a` by the conditioned transition, Alg. 25."""
+  gate = jax.nn.sigmoid(linear(params, 'output_projection_0', s))
+  x = ada_ln(pm.below(params, 'adaln/'), a, s)
+  return gate * _transition(params, x)
+
+
+def _transition(params: Params, x: jax.Array) -> jax.Array:
+  # The second half is what goes through silu.
+  x1, x2 = jnp.split(linear(params, 'swish_gate_0', x), 2, -1)
+  hidden = jax.nn.silu(x2) * x1 * linear(params, 'a_to_b', x)
+  return linear(params, 'b_to_a', hidden)
+
+
+def attention_pair_bias(
+  params: Params,
+  x: jax.Array,
+  bias: jax.Array,
+  mask: jax.Array,
+  *,
+  chunk: int | None = None,
+) -> jax.Array:
+  """Gated attention over windows, Alg. 24 without its layer norms.
+
+  Args:
+    params: those of `attention_parameters`.
+    x: [n_atom, c] float, normalised.
+    bias: [n_window, n_head, n_query, n_key] float, added to the logits.
+    mask: [n_atom] bool, True = keep, of the keys.
+    chunk: windows at a time; see `kernels.windowed_attention`.
+
+  Returns:
+    [n_atom, c]; zero before `proj_o` for rows without any key.
+  """
+  n_atom, channels = x.shape
+  n_window, n_head, n_query, n_key = bias.shape
+  d_head = channels // n_head
+  offset = windows.key_offset(n_query, n_key)
+
+  def keys(name: str) -> jax.Array:
+    y = linear(params, name, x)
+    return jnp.pad(y, ((-offset, -offset), (0, 0))).reshape(-1, n_head, d_head)
+
+  is_key = windows.key_windows(mask, n_query, n_key)
+  q = linear(params, 'proj_q', x) * d_head**-0.5
+  out = kernel.windowed_attention(
+    kernel.windows_per_chunk(n_window, chunk),
+    q.reshape(n_atom, n_head, d_head),
+    keys('proj_k'),
+    keys('proj_v'),
+    jnp.where(is_key[:, None, None], bias, MASKED),
+    n_query * jnp.arange(n_window, dtype=jnp.int32),
+  ).reshape(n_window, n_query, channels)
+  out = jnp.where(jnp.any(is_key, -1)[:, None, None], out, 0)
+  gate = jax.nn.sigmoid(linear(params, 'proj_g', x))
+  return linear(params, 'proj_o', gate * out.reshape(n_atom, channels))
+
+
+def layer_terms(
+  params: Params, s: jax.Array, normalised: jax.Array
+) -> LayerTerms:
+  """All of a layer that depends on the conditioning alone.
+
+  Args:
+    params: those of the layer.
+    s: [n_atom, c_cond] float.
+    normalised: LN(s) without scale, which all layers share.
+
+  Returns:
+    The terms: 6 of the 19 units of work of a layer.
+  """
+  scale, shift = _ada_ln_terms(pm.below(params, 'adaln/'), normalised)
+  transition_scale, transition_shift = _ada_ln_terms(
+    pm.below(params, 'transition/adaln/'), normalised
+  )
+  return LayerTerms(
+    scale,
+    shift,
+    jax.nn.sigmoid(linear(params, 'output_projection_linear', s)),
+    transition_scale,
+    transition_shift,
+    jax.nn.sigmoid(linear(params, 'transition/output_projection_0', s)),
+  )
+
+
+def layer(
+  params: Params,
+  a: jax.Array,
+  terms: LayerTerms,
+  bias: jax.Array,
+  mask: jax.Array,
+  *,
+  chunk: int | None = None,
+) -> jax.Array:
+  """One layer of the diffusion transformer; arguments as `attention_pair_bias`.
+
+  Returns:
+    New activations [n_atom, c].
+  """
+  x = terms.attention_scale * numerics.layer_norm(a) + terms.attention_shift
+  attention = pm.below(params, 'pair_bias_attn/')
+  a = a + terms.attention_gate * attention_pair_bias(
+    attention, x, bias, mask, chunk=chunk
+  )
+  x = terms.transition_scale * numerics.layer_norm(a) + terms.transition_shift
+  a = a + terms.transition_gate * _transition(
+    pm.below(params, 'transition/'), x
+  )
+  if 'post_lnorm' in params:
+    a = layer_norm(params, 'post_lnorm', a)
+  return a
+
+
+def transformer_terms(params: Params, s: jax.Array) -> tuple[LayerTerms, ...]:
+  """The terms of every layer; see `layer_terms`."""
+  normalised = numerics.layer_norm(s)
+  return tuple(layer_terms(own, s, normalised) for own in layers(params))
+
+
+def diffusion_transformer(
+  params: Params,
+  a: jax.Array,
+  s: jax.Array | None,
+  biases: Sequence[jax.Array],
+  mask: jax.Array,
+  terms: Sequence[LayerTerms] | None = None,
+  *,
+  chunk: int | None = None,
+) -> jax.Array:
+  """All layers, Alg. 23; over windows of atoms it is Alg. 7.
+
+  Args:
+    params: those of `diffusion_transformer_parameters`.
+    a: [n_atom, c] float.
+    s: [n_atom, c_cond] float; not needed if there are terms.
+    biases: of each layer, [n_window, n_head, n_query, n_key].
+    mask: [n_atom] bool, True = keep, of the keys.
+    terms: of each layer; None computes them here.
+    chunk: windows at a time.
+
+  Returns:
+    [n_atom, c] in the dtype of `a`.
+  """
+  normalised = None if s is None else numerics.layer_norm(s)
+  for i, own in enumerate(layers(params)):
+    if terms is not None:
+      own_terms = terms[i]
+    else:
+      # One layer after the other: the terms of all of them need six arrays
+      # each.
+      a, s, normalised = jax.lax.optimization_barrier((a, s, normalised))
+      own_terms = layer_terms(own, s, normalised)
+    a = layer(own, a, own_terms, biases[i], mask, chunk=chunk)
+  return a
+
+
+def layers(params: Params) -> list[Params]:
+  """The parameters of each layer of a diffusion transformer."""
+  depth = 1 + max(
+    int(module.split('/')[0].removeprefix('layers_')) for module in params
+  )
+  return [pm.below(params, f'layers_{i}/') for i in range(depth)]
+
+
+# Haiku modules.
+
+
+class AdaLN(hk.Module):
+  """Adaptive layer norm, Alg. 26; see `ada_ln`."""
+
+  def __call__(self, a: jax.Array, s: jax.Array) -> jax.Array:
+    """Maps [..., c] and [..., c_cond] to [..., c]."""
+    table = ada_ln_parameters(a.shape[-1], s.shape[-1])
+    return ada_ln(pm.haiku_parameters(table, hm.parameter_dtype(a)), a, s)
+
+
+class ConditionedTransitionBlock(hk.Module):
+  """Conditioned transition, Alg. 25, with Boltz's third factor.
+
+    x  = AdaLN(a, s),  [x1 | x2] = Linear(x)
+    da = sigmoid(Linear(s)) Linear(silu(x2) x1 Linear(x))
+
+  Args of the constructor:
+    expansion_factor: hidden channels per channel.
+    name: module name.
+  """
+
+  def __init__(self, *, expansion_factor: int = 2, name: str = 'transition'):
+    super().__init__(name=name)
+    self.expansion_factor = expansion_factor
+
+  def __call__(self, a: jax.Array, s: jax.Array) -> jax.Array:
+    """Returns the update [..., c] of [..., c] given [..., c_cond]."""
+    table = transition_parameters(
+      a.shape[-1], s.shape[-1], self.expansion_factor
+    )
+    params = pm.haiku_parameters(table, hm.parameter_dtype(a))
+    return conditioned_transition(params, a, s)
+
+
+class AttentionPairBias(hk.Module):
+  """Gated attention with pair bias over windows, Alg. 24; the inner one.
+
+    l_ij = q_i . k_j / sqrt(d_head) + bias_ij,  out = W_o (sigmoid(g) A v)
+
+  Only the queries have a bias. The layer norms around it belong to the layer.
+
+  Args of the constructor:
+    num_head: number of heads.
+    name: module name.
+  """
+
+  def __init__(self, num_head: int, *, name: str = 'pair_bias_attn'):
+    super().__init__(name=name)
+    self.num_head = num_head
+
+  def __call__(
+    self,
+    x: jax.Array,
+    pair: jax.Array,
+    mask: jax.Array,
+    *,
+    project_pair: bool = True,
+  ) -> jax.Array:
+    """Returns [n_atom, c].
+
+    Args:
+      x: [n_atom, c] float.
+      pair: [n_window, n_query, n_key, c_pair] float, projected to the bias
+        with `proj_z` as in Boltz-1; without `project_pair` the bias itself,
+        [n_window, n_query, n_key, n_head], as in Boltz-2.
+      mask: [n_atom] bool, True = keep, of the keys.
+      project_pair: whether there is `proj_z`.
+    """
+    _check(mask, pair, x=x)
+    pair_channels = pair.shape[-1] if project_pair else None
+    table = attention_parameters(x.shape[-1], self.num_head, pair_channels)
+    params = pm.haiku_parameters(table, hm.parameter_dtype(x))
+    bias = pair_bias(params, 'proj_z', pair) if project_pair else pair
+    return attention_pair_bias(params, x, _heads_first(bias), mask)
+
+
+class DiffusionTransformer(hk.Module):
+  """Layers of attention with pair bias and conditioned transition, Alg. 23.
+
+  Each layer of Boltz-1 projects the pair to its bias; in Boltz-2 the biases of
+  all layers are given, layer after layer on the last axis.
+
+  Args of the constructor:
+    depth: number of layers.
+    num_head: number of heads.
+    project_pair: True for Boltz-1.
+    post_layer_norm: whether each layer ends with a layer norm (Boltz-2).
+    name: module name.
+  """
+
+  def __init__(
+    self,
+    depth: int,
+    num_head: int,
+    *,
+    project_pair: bool = True,
+    post_layer_norm: bool = False,
+    name: str = 'diffusion_transformer',
+  ):
+    super().__init__(name=name)
+    self.depth = depth
+    self.num_head = num_head
+    self.project_pair = project_pair
+    self.post_layer_norm = post_layer_norm
+
+  def __call__(
+    self, a: jax.Array, s: jax.Array, pair: jax.Array, mask: jax.Array
+  ) -> jax.Array:
+    """Returns new activations.
+
+    Args:
+      a: [n_atom, c] float.
+      s: [n_atom, c_cond] float.
+      pair: [n_atom, n_atom, c_pair] float for attention among all rows, or
+        [n_window, n_query, n_key, c_pair] over windows; c_pair is depth *
+        num_head if biases are given.
+      mask: [n_atom] bool, True = keep.
+
+    Returns:
+      [n_atom, c] in the dtype of `a`.
+
+    Raises:
+      ValueError: on a wrong shape.
+      TypeError: on a wrong dtype.
+    """
+    if pair.ndim == 3:
+      pair = pair[None]
+    _check(mask, pair, a=a, s=s)
+    table = diffusion_transformer_parameters(
+      self.depth,
+      self.num_head,
+      a.shape[-1],
+      s.shape[-1],
+      pair.shape[-1] if self.project_pair else None,
+      post_layer_norm=self.post_layer_norm,
+    )
+    params = pm.haiku_parameters(table, hm.parameter_dtype(a))
+    if self.project_pair:
+      biases = [
+        pair_bias(own, 'pair_bias_attn/proj_z', pair) for own in layers(params)
+      ]
+    else:
+      checks.check_shapes(
+        {'n_bias': self.depth * self.num_head},
+        pair=(pair, 'n_window n_query n_key n_bias'),
+      )
+      biases = jnp.split(pair, self.depth, -1)
+    return diffusion_transformer(
+      params, a, s, [_heads_first(x) for x in biases], mask
+    )
+
+
+class AtomTransformer(hk.Module):
+  """The diffusion transformer over windows of atoms, Alg. 7.
+
+  Arguments as `DiffusionTransformer`, with `pair` over windows.
+  """
+
+  def __init__(self, depth: int, num_head: int, *, name: str, **options: bool):
+    super().__init__(name=name)
+    self.depth, self.num_head, self.options = depth, num_head, options
+
+  def __call__(
+    self, q: jax.Array, c: jax.Array, p: jax.Array, mask: jax.Array
+  ) -> jax.Array:
+    """Maps [n_atom, c], given c, p and mask as `DiffusionTransformer`."""
+    inner = DiffusionTransformer(self.depth, self.num_head, **self.options)
+    return inner(q, c, p, mask)
+
+
+def _heads_first(bias: jax.Array) -> jax.Array:
+  """[n_window, n_query, n_key, n_head] with the heads second."""
+  return jnp.moveaxis(bias, -1, 1)
+
+
+def _check(mask: jax.Array, pair: jax.Array, **acts: jax.Array) -> None:
+  """Shapes and dtypes of a transformer's arguments."""
+  sizes = checks.check_shapes(
+    mask=(mask, 'n_atom'),
+    **{name: (x, f'n_atom c_{name}') for name, x in acts.items()},
+    pair=(pair, 'n_window n_query n_key c_pair'),
+  )
+  checks.check_dtypes('floating', pair=pair, **acts)
+  checks.check_dtypes('bool', mask=mask)
+  if sizes['n_window'] * sizes['n_query'] != sizes['n_atom']:
+    raise ValueError(
+      f'pair: expected n_window * n_query = {sizes["n_atom"]} atoms from '
+      f"'mask', got {sizes['n_window']} windows of {sizes['n_query']}"
+    )

@@ -1,0 +1,1049 @@
+"""AlphaFold 3's diffusion transformers: over windows of atoms, over tokens.
+
+Abramson et al. (2024) Suppl. Algs. 7 (atom transformer), 23 (diffusion
+transformer), 24 (attention with pair bias), 25 (conditioned transition) and 26
+(adaptive layer norm). Mirrors alphafold3
+`model/network/diffusion_transformer.py` @ c0f97ed.
+
+Everything is a pure function of a parameter tree with upstream's names
+(`{name}q_projection`, ...) and stacked blocks; sizes are read off the
+parameters. `Transformer` and `CrossAttTransformer` are the Haiku modules.
+
+`cross_att_transformer` is the published form on upstream's layouts.
+`window_transformer` computes the same on flat atoms: all projections once per
+atom instead of once per window, the scales of layer norms folded into the
+weights behind them, what depends on the conditioning alone in advance.
+
+Shapes: n_token tokens; n_atom flat atoms; n_window windows of num_queries and
+num_keys atoms; n_block blocks; n_head heads of d_key and d_value channels.
+
+Differs from the paper as the released code does: queries and keys have their
+own adaptive layer norm; one layer norm of the pair serves all blocks; the
+transition follows the attention instead of running beside it; the gate has no
+bias; a key is masked only for masked queries (`padded_keys`).
+Differs from the released code: a row of `self_attention` without any key gives
+zeros.
+"""
+
+import dataclasses
+import operator
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import haiku as hk
+import jax
+import jax.numpy as jnp
+
+from structattn_jax.common import base_config, checks, numerics
+from structattn_jax.components import haiku_modules as hm
+from structattn_jax.components import mapping
+from structattn_jax.components import parameters as pm
+from structattn_jax.components.parameters import Params
+from structattn_jax.kernels import windowed_attention as kernel
+from structattn_jax.network import atom_layout
+from structattn_jax.network.atom_layout import Arranged, GatherInfo
+
+PaddedKeys = Literal['official', 'masked']
+FinalInit = Literal['zeros', 'linear']
+
+# Upstream's logit of a masked key.
+MASKED = -1e9
+_STACK = '__layer_stack_with_per_layer/'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CrossAttentionConfig(base_config.BaseConfig):
+  """Sizes of the attention over windows.
+
+  Attributes:
+    num_head: number of heads.
+    key_dim: channels of queries and keys, all heads together.
+    value_dim: channels of values, all heads together.
+  """
+
+  num_head: int = 4
+  key_dim: int = 128
+  value_dim: int = 128
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    _check_heads(self.num_head, key_dim=self.key_dim, value_dim=self.value_dim)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SelfAttentionConfig(base_config.BaseConfig):
+  """Sizes of the attention over tokens.
+
+  Attributes:
+    num_head: number of heads.
+    key_dim: channels of queries and keys, all heads together; None takes the
+      channels of the activations.
+    value_dim: likewise for values.
+  """
+
+  num_head: int = 16
+  key_dim: int | None = None
+  value_dim: int | None = None
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    _check_heads(self.num_head, key_dim=self.key_dim, value_dim=self.value_dim)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CrossAttTransformerConfig(base_config.BaseConfig):
+  """Sizes of the atom transformer.
+
+  Attributes:
+    num_intermediate_factor: hidden channels of the transition per channel.
+    num_blocks: number of blocks.
+    attention: sizes of the attention.
+  """
+
+  num_intermediate_factor: int = 2
+  num_blocks: int = 3
+  attention: CrossAttentionConfig = dataclasses.field(
+    default_factory=CrossAttentionConfig
+  )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransformerConfig(base_config.BaseConfig):
+  """Sizes of the token transformer.
+
+  Attributes:
+    attention: sizes of the attention.
+    num_blocks: number of blocks, a multiple of `super_block_size`.
+    super_block_size: blocks whose pair logits are computed together.
+    num_intermediate_factor: hidden channels of the transition per channel.
+    block_remat: whether to recompute each block in the backward pass.
+  """
+
+  attention: SelfAttentionConfig = dataclasses.field(
+    default_factory=SelfAttentionConfig
+  )
+  num_blocks: int = 24
+  super_block_size: int = 4
+  num_intermediate_factor: int = 2
+  block_remat: bool = False
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    if self.num_blocks % self.super_block_size:
+      raise ValueError(
+        f'TransformerConfig: num_blocks={self.num_blocks} must be divisible by '
+        f'super_block_size={self.super_block_size}'
+      )
+
+
+# The published functions.
+
+
+def adaptive_layernorm(
+  params: Params, x: jax.Array, single_cond: jax.Array | None, name: str = ''
+) -> jax.Array:
+  """Layer norm whose scale and shift depend on the conditioning (Alg. 26).
+
+  s = LN(c) * scale,  y = sigmoid(s W_s + b_s) * LN(x) + s W_b
+
+  Without conditioning: an ordinary layer norm with scale and offset.
+
+  Args:
+    params: `{name}single_cond_layer_norm`, `{name}single_cond_scale` and
+      `{name}single_cond_bias`, or `{name}layer_norm`.
+    x: [..., c] float.
+    single_cond: [..., c_cond] float, or None.
+    name: prefix of the parameters.
+
+  Returns:
+    [..., c] in the dtype of `x`.
+  """
+  if single_cond is None:
+    own = params[f'{name}layer_norm']
+    wide = numerics.at_least_float32(x)
+    y = numerics.layer_norm(wide) * own['scale'] + own['offset']
+    return y.astype(x.dtype)
+  single_cond = scaled_layer_norm(
+    params, single_cond, f'{name}single_cond_layer_norm'
+  )
+  scale = linear(params, single_cond, f'{name}single_cond_scale')
+  bias = linear(params, single_cond, f'{name}single_cond_bias')
+  return jax.nn.sigmoid(scale) * numerics.layer_norm(x) + bias
+
+
+def adaptive_zero_init(
+  params: Params, x: jax.Array, single_cond: jax.Array | None, name: str = ''
+) -> jax.Array:
+  """Output projection with a gate that depends on the conditioning.
+
+  y = sigmoid(c W + b) * (x W_o), with b = -2 and W = 0 initially.
+
+  Args:
+    params: `{name}transition2` and, with conditioning,
+      `{name}adaptive_zero_cond`.
+    x: [..., c_in] float.
+    single_cond: [..., c_cond] float, or None: no gate.
+    name: prefix of the parameters.
+
+  Returns:
+    [..., c] in the dtype of `x`.
+  """
+  output = linear(params, x, f'{name}transition2')
+  if single_cond is None:
+    return output
+  gate = linear(params, single_cond, f'{name}adaptive_zero_cond')
+  return jax.nn.sigmoid(gate) * output
+
+
+def transition_block(
+  params: Params,
+  x: jax.Array,
+  single_cond: jax.Array | None = None,
+  name: str = '',
+) -> jax.Array:
+  """Gated transition (Alg. 25): AdaLN, swish(a) * b, gated projection.
+
+  Args:
+    params: `{name}ffw_transition1` and those of `adaptive_layernorm` and
+      `adaptive_zero_init` with the prefix `{name}ffw_`.
+    x: [..., c] float.
+    single_cond: [..., c_cond] float, or None.
+    name: prefix of the parameters.
+
+  Returns:
+    The update, [..., c].
+  """
+  x = adaptive_layernorm(params, x, single_cond, f'{name}ffw_')
+  hidden = swish_gate(linear(params, x, f'{name}ffw_transition1'))
+  return adaptive_zero_init(params, hidden, single_cond, f'{name}ffw_')
+
+
+def self_attention(
+  params: Params,
+  x: jax.Array,
+  mask: jax.Array,
+  pair_logits: jax.Array | None = None,
+  single_cond: jax.Array | None = None,
+  name: str = '',
+) -> jax.Array:
+  """Attention of all tokens over all tokens (Alg. 24).
+
+  Args:
+    params: see `self_attention_parameters`.
+    x: [n_token, c] float.
+    mask: [n_token] bool, True = keep as key.
+    pair_logits: [n_head, n_token, n_token] float, query first.
+    single_cond: [n_token, c_cond] float, or None.
+    name: prefix of the parameters.
+
+  Returns:
+    The update, [n_token, c]; without any kept key, that of zero values.
+  """
+  checks.check_dtypes('bool', mask=mask)
+  x = adaptive_layernorm(params, x, single_cond, name)
+  logits = _logits(params, x, x, name)
+  if pair_logits is not None:
+    logits += pair_logits
+  weights = numerics.masked_softmax(logits, mask)
+  return _attention_output(params, weights, x, x, single_cond, name)
+
+
+def cross_attention(
+  params: Params,
+  x_q: jax.Array,
+  x_k: jax.Array,
+  mask_q: jax.Array,
+  mask_k: jax.Array,
+  pair_logits: jax.Array | None = None,
+  single_cond_q: jax.Array | None = None,
+  single_cond_k: jax.Array | None = None,
+  name: str = '',
+  *,
+  padded_keys: PaddedKeys = 'official',
+) -> jax.Array:
+  """Attention of queries over keys, each side with its own norm (Alg. 24).
+
+  Args:
+    params: see `cross_attention_parameters`.
+    x_q: [..., num_queries, c] float.
+    x_k: [..., num_keys, c] float.
+    mask_q: [..., num_queries] bool.
+    mask_k: [..., num_keys] bool.
+    pair_logits: [..., n_head, num_queries, num_keys] float.
+    single_cond_q: [..., num_queries, c_cond] float, or None.
+    single_cond_k: [..., num_keys, c_cond] float, or None.
+    name: prefix of the parameters.
+    padded_keys: 'official': real queries attend to masked keys too, and masked
+      queries to nothing else; 'masked': no query attends to masked keys.
+
+  Returns:
+    The update, [..., num_queries, c]; meaningless for masked queries.
+  """
+  checks.check_dtypes('bool', mask_q=mask_q, mask_k=mask_k)
+  x_q = adaptive_layernorm(params, x_q, single_cond_q, f'{name}q')
+  x_k = adaptive_layernorm(params, x_k, single_cond_k, f'{name}k')
+  logits = _logits(params, x_q, x_k, name)
+  masked_key = ~mask_k[..., None, None, :]
+  if padded_keys == 'official':
+    both = masked_key & ~mask_q[..., None, :, None]
+    logits += jnp.where(both, -MASKED, 0)
+  else:
+    logits += jnp.where(masked_key, MASKED, 0)
+  if pair_logits is not None:
+    logits += pair_logits
+  weights = jax.nn.softmax(logits)
+  return _attention_output(params, weights, x_q, x_k, single_cond_q, name)
+
+
+def cross_att_transformer(
+  params: Params,
+  queries_act: Arranged,
+  queries_mask: jax.Array,
+  queries_to_keys: GatherInfo,
+  keys_mask: jax.Array,
+  queries_single_cond: jax.Array,
+  keys_single_cond: jax.Array,
+  pair_cond: jax.Array,
+  *,
+  name: str = 'transformer',
+  padded_keys: PaddedKeys = 'official',
+) -> Arranged:
+  """The atom transformer as published (Alg. 7).
+
+  Args:
+    params: those of `cross_att_transformer_parameters`.
+    queries_act: [n_window, num_queries, c] float, layout 'queries'.
+    queries_mask: [n_window, num_queries] bool.
+    queries_to_keys: gather from queries to keys.
+    keys_mask: [n_window, num_keys] bool.
+    queries_single_cond: [n_window, num_queries, c_cond] float.
+    keys_single_cond: [n_window, num_keys, c_cond] float.
+    pair_cond: [n_window, num_queries, num_keys, c_pair] float.
+    name: name of the module, which its blocks' parameters repeat.
+    padded_keys: see `cross_attention`.
+
+  Returns:
+    New activations of the queries.
+  """
+  pair_act = scaled_layer_norm(params, pair_cond, 'pair_input_layer_norm')
+  logits = linear(params, pair_act, 'pair_logits_projection')
+  # [n_block, n_window, n_head, num_queries, num_keys].
+  logits = jnp.transpose(logits, (3, 0, 4, 1, 2))
+
+  def block(act: jax.Array, inputs: Any) -> tuple[jax.Array, None]:
+    own, pair_logits = inputs
+    keys_act = atom_layout.convert(queries_to_keys, Arranged(act, 'queries'))
+    act += cross_attention(
+      own,
+      act,
+      keys_act.values,
+      queries_mask,
+      keys_mask,
+      pair_logits,
+      queries_single_cond,
+      keys_single_cond,
+      padded_keys=padded_keys,
+    )
+    act += transition_block(own, act, queries_single_cond)
+    return act, None
+
+  blocks = pm.below(params, f'{_STACK}{name}')
+  act, _ = jax.lax.scan(block, queries_act.values, (blocks, logits))
+  return Arranged(act, queries_act.layout)
+
+
+def transformer(
+  params: Params,
+  act: jax.Array,
+  mask: jax.Array,
+  single_cond: jax.Array,
+  pair_cond: jax.Array | None = None,
+  *,
+  name: str = 'transformer',
+  block_remat: bool = False,
+) -> jax.Array:
+  """The transformer over tokens (Alg. 23).
+
+  Args:
+    params: those of `transformer_parameters`.
+    act: [n_token, c] float.
+    mask: [n_token] bool, True = keep as key.
+    single_cond: [n_token, c_cond] float.
+    pair_cond: [n_token, n_token, c_pair] float, query token first, or None.
+    name: name of the module, which its blocks' parameters repeat.
+    block_remat: whether to recompute each block in the backward pass.
+
+  Returns:
+    [n_token, c].
+
+  Raises:
+    ValueError: on a wrong shape.
+    TypeError: on a wrong dtype.
+  """
+  checks.check_shapes(
+    act=(act, 'n_token c'),
+    mask=(mask, 'n_token'),
+    single_cond=(single_cond, 'n_token c_cond'),
+    pair_cond=(pair_cond, 'n_token n_token c_pair'),
+  )
+  checks.check_dtypes(
+    'floating', act=act, single_cond=single_cond, pair_cond=pair_cond
+  )
+  checks.check_dtypes('bool', mask=mask)
+  pair_act = None
+  if pair_cond is not None:
+    pair_act = scaled_layer_norm(params, pair_cond, 'pair_input_layer_norm')
+
+  def block(act: jax.Array, inputs: Any) -> tuple[jax.Array, None]:
+    own, pair_logits = inputs
+    act += self_attention(own, act, mask, pair_logits, single_cond)
+    act += transition_block(own, act, single_cond)
+    return act, None
+
+  if block_remat:
+    block = jax.checkpoint(block, prevent_cse=False)
+
+  def super_block(act: jax.Array, inputs: Any) -> tuple[jax.Array, None]:
+    own, projection = inputs
+    pair_logits = None
+    if pair_act is not None:
+      pair_logits = linear(projection, pair_act, 'pair_logits_projection')
+      pair_logits = jnp.transpose(pair_logits, (2, 3, 0, 1))
+    return jax.lax.scan(block, act, (own, pair_logits))
+
+  blocks = pm.below(params, f'{_STACK}{_STACK}{name}')
+  projection = 'pair_logits_projection'
+  projections = (
+    {} if pair_act is None else {projection: params[f'{_STACK}{projection}']}
+  )
+  return jax.lax.scan(super_block, act, (blocks, projections))[0]
+
+
+class Transformer(hk.Module):
+  """`transformer` as a Haiku module, with upstream's parameters.
+
+  Args of the constructor:
+    config: sizes.
+    final_init: initialiser of unconditioned output projections; not used here.
+    name: name of the module; upstream's is 'transformer'.
+  """
+
+  def __init__(self, config: TransformerConfig, *, name: str = 'transformer'):
+    super().__init__(name=name)
+    self.config = config
+
+  def __call__(
+    self,
+    act: jax.Array,
+    mask: jax.Array,
+    single_cond: jax.Array,
+    pair_cond: jax.Array | None = None,
+  ) -> jax.Array:
+    """Arguments and result as `transformer`."""
+    table = transformer_parameters(
+      self.config,
+      act.shape[-1],
+      single_cond.shape[-1],
+      None if pair_cond is None else pair_cond.shape[-1],
+      name=self.name,
+    )
+    params = pm.haiku_parameters(table, hm.parameter_dtype(act))
+    return transformer(
+      params,
+      act,
+      mask,
+      single_cond,
+      pair_cond,
+      name=self.name,
+      block_remat=self.config.block_remat,
+    )
+
+
+class CrossAttTransformer(hk.Module):
+  """`cross_att_transformer` as a Haiku module, with upstream's parameters.
+
+  Args of the constructor:
+    config: sizes.
+    padded_keys: see `cross_attention`.
+    name: name of the module.
+  """
+
+  def __init__(
+    self,
+    config: CrossAttTransformerConfig,
+    *,
+    padded_keys: PaddedKeys = 'official',
+    name: str = 'transformer',
+  ):
+    super().__init__(name=name)
+    self.config = config
+    self.padded_keys: PaddedKeys = padded_keys
+
+  def __call__(
+    self,
+    queries_act: Arranged,
+    queries_mask: jax.Array,
+    queries_to_keys: GatherInfo,
+    keys_mask: jax.Array,
+    queries_single_cond: jax.Array,
+    keys_single_cond: jax.Array,
+    pair_cond: jax.Array,
+  ) -> Arranged:
+    """Arguments and result as `cross_att_transformer`."""
+    table = cross_att_transformer_parameters(
+      self.config,
+      queries_act.values.shape[-1],
+      queries_single_cond.shape[-1],
+      pair_cond.shape[-1],
+      name=self.name,
+    )
+    dtype = hm.parameter_dtype(queries_act.values)
+    return cross_att_transformer(
+      pm.haiku_parameters(table, dtype),
+      queries_act,
+      queries_mask,
+      queries_to_keys,
+      keys_mask,
+      queries_single_cond,
+      keys_single_cond,
+      pair_cond,
+      name=self.name,
+      padded_keys=self.padded_keys,
+    )
+
+
+# The atom transformer on flat atoms.
+
+
+class BlockWeights(NamedTuple):
+  """Parameters of one block, put together for few large products."""
+
+  key_condition: jax.Array  # [c_cond, 2 c] scale, shift
+  key_condition_bias: jax.Array  # [c]
+  condition: jax.Array  # [c_cond, 4 c] scale, shift of queries and transition
+  condition_bias: jax.Array  # [2 c]
+  gate: jax.Array  # [c_cond, 2 c]
+  gate_bias: jax.Array  # [2 c]
+  query: jax.Array  # [c, n_head d_key + n_head d_value], with the gate
+  query_bias: jax.Array  # [n_head d_key]
+  key_value: jax.Array  # [c, n_head d_key + n_head d_value]
+  output: jax.Array  # [n_head d_value, c]
+  transition1: jax.Array  # [c, 2 c_hidden]
+  transition2: jax.Array  # [c_hidden, c]
+
+
+class AdaptiveTerms(NamedTuple):
+  """What a block needs of the conditioning, each [n_atom, c]."""
+
+  key_scale: jax.Array
+  key_shift: jax.Array
+  query_scale: jax.Array
+  transition_scale: jax.Array
+  query_shift: jax.Array
+  transition_shift: jax.Array
+  attention_gate: jax.Array
+  transition_gate: jax.Array
+
+
+class Conditioning(NamedTuple):
+  """The conditioning of the atoms, and its layer norm, without scale."""
+
+  single: jax.Array  # [n_atom, c_cond]
+  normalised: jax.Array  # [n_atom, c_cond]
+
+
+def block_weights(params: Params, name: str) -> list[BlockWeights]:
+  """The blocks of `cross_att_transformer_parameters`, folded.
+
+  Scales of layer norms go into the weights behind them, the factor of the
+  logits into those of the queries.
+
+  Args:
+    params: those of the atom transformer.
+    name: name of the module, which its blocks' parameters repeat.
+
+  Returns:
+    One per block.
+  """
+  own = pm.below(params, f'{_STACK}{name}')
+
+  def flat(module: str) -> jax.Array:
+    weights = own[module]['weights']
+    return weights.reshape(*weights.shape[:2], -1)
+
+  def join(*arrays: jax.Array) -> jax.Array:
+    return jnp.concatenate(arrays, -1)
+
+  def condition(prefix: str, kind: str) -> jax.Array:
+    scale = own[f'{prefix}single_cond_layer_norm']['scale']
+    return scale[..., None] * own[f'{prefix}single_cond_{kind}']['weights']
+
+  def bias(module: str) -> jax.Array:
+    return own[module]['bias']
+
+  n_block, _, n_head, d_key = own['q_projection']['weights'].shape
+  factor = d_key**-0.5
+  stacked = BlockWeights(
+    key_condition=join(*(condition('k', x) for x in ('scale', 'bias'))),
+    key_condition_bias=bias('ksingle_cond_scale'),
+    condition=join(
+      *(condition(x, kind) for kind in ('scale', 'bias') for x in ('q', 'ffw_'))
+    ),
+    condition_bias=join(
+      *(bias(f'{x}single_cond_scale') for x in ('q', 'ffw_'))
+    ),
+    gate=join(*(flat(f'{x}adaptive_zero_cond') for x in ('', 'ffw_'))),
+    gate_bias=join(*(bias(f'{x}adaptive_zero_cond') for x in ('', 'ffw_'))),
+    query=join(factor * flat('q_projection'), flat('gating_query')),
+    query_bias=factor * bias('q_projection').reshape(n_block, n_head * d_key),
+    key_value=join(flat('k_projection'), flat('v_projection')),
+    output=flat('transition2'),
+    transition1=flat('ffw_transition1'),
+    transition2=flat('ffw_transition2'),
+  )
+  return [jax.tree.map(operator.itemgetter(i), stacked) for i in range(n_block)]
+
+
+def adaptive_terms(
+  weights: BlockWeights, conditioning: Conditioning
+) -> AdaptiveTerms:
+  """All of a block that depends on the conditioning alone.
+
+  Args:
+    weights: of the block.
+    conditioning: of the atoms.
+
+  Returns:
+    The terms; 8 of the 21 units of work of a block.
+  """
+  return AdaptiveTerms(
+    *_key_terms(weights, conditioning), *_query_terms(weights, conditioning)
+  )
+
+
+def window_block(
+  weights: BlockWeights,
+  act: jax.Array,
+  conditioning: AdaptiveTerms | Conditioning,
+  bias: jax.Array,
+  key_start: jax.Array,
+  mask: jax.Array,
+  *,
+  chunk: int | None = None,
+  remat: bool = True,
+) -> jax.Array:
+  """One block of the atom transformer on flat atoms.
+
+  Keys and values of all atoms first, then everything else for a few windows at
+  a time, so that intermediates stay in cache.
+
+  Args:
+    weights: of the block.
+    act: [n_atom, c] float.
+    conditioning: of the atoms, or its terms.
+    bias: [n_window, n_head, num_queries, num_keys] pair logits.
+    key_start: [n_window] int32, first key of each window.
+    mask: [n_atom] bool, True for real atoms. Padding has zero keys and values,
+      as upstream's padding when it is seen.
+    chunk: windows at a time; see `kernels.windowed_attention`.
+    remat: whether to keep nothing but `act` for the backward pass.
+
+  Returns:
+    New activations, [n_atom, c]; meaningless for padding.
+  """
+  n_window, n_head, n_query, n_key = bias.shape
+  own_chunk = kernel.windows_per_chunk(n_window, chunk)
+
+  def run(fn: Any, window: int | None, *arguments: Any) -> Any:
+    if not remat:
+      return mapping.whole_map(fn, window, *arguments)
+    return mapping.chunked_map(fn, own_chunk, window, *arguments)
+
+  def by_window(x: jax.Array) -> jax.Array:
+    return x.reshape(n_window, n_query, *x.shape[1:])
+
+  if isinstance(conditioning, AdaptiveTerms):
+    for_keys, for_queries = conditioning[:2], conditioning[2:]
+  else:
+    for_keys = for_queries = conditioning
+  act = by_window(act)
+  rows = (act, *map(by_window, for_keys))
+  fn = _KEYS_AND_VALUES[isinstance(conditioning, AdaptiveTerms)]
+  keys, values = run(fn, None, weights, None, None, rows, by_window(mask))
+  table = tuple(
+    x.reshape(n_window * n_query, n_head, -1) for x in (keys, values)
+  )
+  rows = (act, bias, *map(by_window, for_queries))
+  fn = _QUERIES[isinstance(conditioning, AdaptiveTerms)]
+  act = run(fn, n_key, weights, table, key_start, rows, None)
+  return act.reshape(n_window * n_query, -1)
+
+
+def window_transformer(
+  weights: Sequence[BlockWeights],
+  act: jax.Array,
+  biases: Sequence[jax.Array],
+  key_start: jax.Array,
+  mask: jax.Array,
+  single_cond: jax.Array,
+  terms: Sequence[AdaptiveTerms] | None = None,
+  *,
+  chunk: int | None = None,
+  remat: bool = True,
+) -> jax.Array:
+  """The atom transformer on flat atoms (Alg. 7).
+
+  Args:
+    weights: of each block.
+    act: [n_atom, c] float.
+    biases: pair logits of each block; see `window_block`.
+    key_start: [n_window] int32, first key of each window.
+    mask: [n_atom] bool, True for real atoms.
+    single_cond: [n_atom, c_cond] float.
+    terms: of each block; None computes them here.
+    chunk: windows at a time.
+    remat: whether to recompute each block in the backward pass.
+
+  Returns:
+    [n_atom, c]; meaningless for padding.
+  """
+  shared = None
+  if terms is None:
+    shared = Conditioning(single_cond, numerics.layer_norm(single_cond))
+  for i, own in enumerate(weights):
+    act = window_block(
+      own,
+      act,
+      shared if terms is None else terms[i],
+      biases[i],
+      key_start,
+      mask,
+      chunk=chunk,
+      remat=remat,
+    )
+  return act
+
+
+def _key_terms(
+  weights: BlockWeights, conditioning: Conditioning
+) -> tuple[jax.Array, jax.Array]:
+  """Scale and shift of the keys' layer norm."""
+  x = conditioning.normalised
+  y = x @ weights.key_condition.astype(x.dtype)
+  scale, shift = jnp.split(y, 2, -1)
+  return jax.nn.sigmoid(
+    scale + weights.key_condition_bias.astype(x.dtype)
+  ), shift
+
+
+def _query_terms(
+  weights: BlockWeights, conditioning: Conditioning
+) -> tuple[jax.Array, ...]:
+  """Scales and shifts of queries and transition, both output gates."""
+  x, single = conditioning.normalised, conditioning.single
+  y = x @ weights.condition.astype(x.dtype)
+  scales, shifts = jnp.split(y, 2, -1)
+  scales = jax.nn.sigmoid(scales + weights.condition_bias.astype(x.dtype))
+  gates = single @ weights.gate.astype(x.dtype)
+  gates = jax.nn.sigmoid(gates + weights.gate_bias.astype(x.dtype))
+  return tuple(x for y in (scales, shifts, gates) for x in jnp.split(y, 2, -1))
+
+
+def _keys_and_values(
+  weights: BlockWeights, taken: None, floats: Any, mask: jax.Array
+) -> list[jax.Array]:
+  """Keys and values of some windows' own atoms, all heads together."""
+  del taken
+  act, scale, shift = floats
+  x = scale * numerics.layer_norm(act) + shift
+  x = jnp.where(mask[..., None], x, 0)
+  y = _rows_product(x, weights.key_value)
+  return jnp.split(y, [weights.query_bias.shape[0]], -1)
+
+
+def _keys_and_values_uncached(
+  weights: BlockWeights, taken: None, floats: Any, mask: jax.Array
+) -> list[jax.Array]:
+  act, *conditioning = floats
+  terms = _key_terms(weights, Conditioning(*conditioning))
+  return _keys_and_values(weights, taken, (act, *terms), mask)
+
+
+def _queries(
+  weights: BlockWeights, taken: Any, floats: Any, constants: None
+) -> jax.Array:
+  """Attention and transition of the atoms of some windows."""
+  del constants
+  act, bias, q_scale, t_scale, q_shift, t_shift, a_gate, t_gate = floats
+  n_head = bias.shape[1]
+  x = q_scale * numerics.layer_norm(act) + q_shift
+  width = weights.query_bias.shape[0]
+  q, gate = jnp.split(_rows_product(x, weights.query), [width], -1)
+  q += weights.query_bias.astype(q.dtype)
+  q = q.reshape(*q.shape[:2], n_head, -1)
+  out = kernel.attend(q, *taken, bias)
+  out = out.reshape(gate.shape) * jax.nn.sigmoid(gate)
+  act += a_gate * _rows_product(out, weights.output)
+
+  x = t_scale * numerics.layer_norm(act) + t_shift
+  hidden = swish_gate(_rows_product(x, weights.transition1))
+  return act + t_gate * _rows_product(hidden, weights.transition2)
+
+
+def _queries_uncached(
+  weights: BlockWeights, taken: Any, floats: Any, constants: None
+) -> jax.Array:
+  act, bias, *conditioning = floats
+  terms = _query_terms(weights, Conditioning(*conditioning))
+  return _queries(weights, taken, (act, bias, *terms), constants)
+
+
+# By whether the terms of the conditioning are given.
+_KEYS_AND_VALUES = (_keys_and_values_uncached, _keys_and_values)
+_QUERIES = (_queries_uncached, _queries)
+
+
+def _rows_product(x: jax.Array, weights: jax.Array) -> jax.Array:
+  """[n_window, num_queries, c] @ [c, d] as one product."""
+  return x @ weights.astype(x.dtype)
+
+
+# Tables of parameters.
+
+
+def adaptive_layernorm_parameters(
+  channels: int, cond_channels: int | None, name: str = ''
+) -> pm.Table:
+  """Of `adaptive_layernorm`; `cond_channels` None: without conditioning."""
+  if cond_channels is None:
+    return {f'{name}layer_norm': pm.layer_norm(channels, offset=True)}
+  shape = (cond_channels, channels)
+  return {
+    f'{name}single_cond_layer_norm': pm.layer_norm(cond_channels),
+    f'{name}single_cond_scale': pm.linear(
+      *shape, initializer='zeros', bias=0.0
+    ),
+    f'{name}single_cond_bias': pm.linear(*shape, initializer='zeros'),
+  }
+
+
+def adaptive_zero_init_parameters(
+  num_input: int,
+  channels: int,
+  cond_channels: int | None,
+  name: str = '',
+  *,
+  final_init: FinalInit = 'zeros',
+) -> pm.Table:
+  """Of `adaptive_zero_init`; `final_init` is for the unconditioned one."""
+  out = f'{name}transition2'
+  if cond_channels is None:
+    return {out: pm.linear(num_input, channels, initializer=final_init)}
+  return {
+    out: pm.linear(num_input, channels),
+    f'{name}adaptive_zero_cond': pm.linear(
+      cond_channels, channels, initializer='zeros', bias=-2.0
+    ),
+  }
+
+
+def transition_block_parameters(
+  channels: int,
+  cond_channels: int | None,
+  num_intermediate_factor: int = 2,
+  name: str = '',
+  *,
+  final_init: FinalInit = 'zeros',
+) -> pm.Table:
+  """Of `transition_block`."""
+  hidden = num_intermediate_factor * channels
+  name = f'{name}ffw_'
+  return {
+    **adaptive_layernorm_parameters(channels, cond_channels, name),
+    f'{name}transition1': pm.linear(channels, 2 * hidden, initializer='relu'),
+    **adaptive_zero_init_parameters(
+      hidden, channels, cond_channels, name, final_init=final_init
+    ),
+  }
+
+
+def self_attention_parameters(
+  config: SelfAttentionConfig,
+  channels: int,
+  cond_channels: int | None,
+  name: str = '',
+  *,
+  final_init: FinalInit = 'zeros',
+) -> pm.Table:
+  """Of `self_attention`."""
+  return {
+    **adaptive_layernorm_parameters(channels, cond_channels, name),
+    **_attention_parameters(
+      config.num_head,
+      channels if config.key_dim is None else config.key_dim,
+      channels if config.value_dim is None else config.value_dim,
+      channels,
+      cond_channels,
+      name,
+      final_init,
+    ),
+  }
+
+
+def cross_attention_parameters(
+  config: CrossAttentionConfig,
+  channels: int,
+  cond_channels: int | None,
+  name: str = '',
+  *,
+  final_init: FinalInit = 'zeros',
+) -> pm.Table:
+  """Of `cross_attention`."""
+  return {
+    **adaptive_layernorm_parameters(channels, cond_channels, f'{name}q'),
+    **adaptive_layernorm_parameters(channels, cond_channels, f'{name}k'),
+    **_attention_parameters(
+      config.num_head,
+      config.key_dim,
+      config.value_dim,
+      channels,
+      cond_channels,
+      name,
+      final_init,
+    ),
+  }
+
+
+def cross_att_transformer_parameters(
+  config: CrossAttTransformerConfig,
+  channels: int,
+  cond_channels: int,
+  pair_channels: int,
+  *,
+  name: str = 'transformer',
+) -> pm.Table:
+  """Of `cross_att_transformer` and `window_transformer`, below the module."""
+  block = {
+    **cross_attention_parameters(config.attention, channels, cond_channels),
+    **transition_block_parameters(
+      channels, cond_channels, config.num_intermediate_factor
+    ),
+  }
+  logits = (config.num_blocks, config.attention.num_head)
+  return {
+    'pair_input_layer_norm': pm.layer_norm(pair_channels),
+    'pair_logits_projection': pm.linear(pair_channels, *logits),
+    **pm.stack(block, config.num_blocks, prefix=f'{_STACK}{name}'),
+  }
+
+
+def transformer_parameters(
+  config: TransformerConfig,
+  channels: int,
+  cond_channels: int,
+  pair_channels: int | None,
+  *,
+  name: str = 'transformer',
+) -> pm.Table:
+  """Of `transformer`, below the module; without a pair: two fewer modules."""
+  block = {
+    **self_attention_parameters(config.attention, channels, cond_channels),
+    **transition_block_parameters(
+      channels, cond_channels, config.num_intermediate_factor
+    ),
+  }
+  size = config.super_block_size
+  n_super = config.num_blocks // size
+  table = pm.stack(block, n_super, size, prefix=f'{_STACK}{_STACK}{name}')
+  if pair_channels is None:
+    return table
+  logits = pm.linear(pair_channels, size, config.attention.num_head)
+  return {
+    'pair_input_layer_norm': pm.layer_norm(pair_channels),
+    **pm.stack({'pair_logits_projection': logits}, n_super, prefix=_STACK),
+    **table,
+  }
+
+
+# Parts.
+
+
+def linear(
+  params: Params,
+  x: jax.Array,
+  name: str,
+  precision: jax.lax.PrecisionLike = None,
+) -> jax.Array:
+  """Weights and, where there is one, bias, in the dtype of `x`."""
+  own = params[name]
+  y = jnp.tensordot(
+    x, own['weights'].astype(x.dtype), axes=1, precision=precision
+  )
+  return y + own['bias'].astype(x.dtype) if 'bias' in own else y
+
+
+def scaled_layer_norm(params: Params, x: jax.Array, name: str) -> jax.Array:
+  """Layer norm with a scale and without offset."""
+  wide = numerics.layer_norm(numerics.at_least_float32(x))
+  return (wide * params[name]['scale']).astype(x.dtype)
+
+
+def swish_gate(x: jax.Array) -> jax.Array:
+  """swish(a) * b of the two halves of the last axis."""
+  a, b = jnp.split(x, 2, -1)
+  return jax.nn.swish(a) * b
+
+
+def _logits(
+  params: Params, x_q: jax.Array, x_k: jax.Array, name: str
+) -> jax.Array:
+  """[..., n_head, num_queries, num_keys], at least float32."""
+  q = numerics.at_least_float32(linear(params, x_q, f'{name}q_projection'))
+  k = numerics.at_least_float32(linear(params, x_k, f'{name}k_projection'))
+  return jnp.einsum('...qhc,...khc->...hqk', q * q.shape[-1] ** -0.5, k)
+
+
+def _attention_output(
+  params: Params,
+  weights: jax.Array,
+  x_q: jax.Array,
+  x_k: jax.Array,
+  single_cond: jax.Array | None,
+  name: str,
+) -> jax.Array:
+  """Weighted values, gated and projected."""
+  v = linear(params, x_k, f'{name}v_projection')
+  out = jnp.einsum('...hqk,...khc->...qhc', weights.astype(v.dtype), v)
+  out = out.reshape(*out.shape[:-2], -1)
+  out *= jax.nn.sigmoid(linear(params, x_q, f'{name}gating_query'))
+  return adaptive_zero_init(params, out, single_cond, name)
+
+
+def _attention_parameters(
+  n_head: int,
+  key_dim: int,
+  value_dim: int,
+  channels: int,
+  cond_channels: int | None,
+  name: str,
+  final_init: FinalInit,
+) -> pm.Table:
+  _check_heads(n_head, key_dim=key_dim, value_dim=value_dim)
+  key, value = (n_head, key_dim // n_head), (n_head, value_dim // n_head)
+  return {
+    f'{name}q_projection': pm.linear(channels, *key, bias=0.0),
+    f'{name}k_projection': pm.linear(channels, *key),
+    f'{name}v_projection': pm.linear(channels, *value),
+    f'{name}gating_query': pm.linear(channels, value_dim, initializer='zeros'),
+    **adaptive_zero_init_parameters(
+      value_dim, channels, cond_channels, name, final_init=final_init
+    ),
+  }
+
+
+def _check_heads(num_head: int, **sizes: int | None) -> None:
+  for name, size in sizes.items():
+    if size is not None and size % num_head:
+      raise ValueError(
+        f'{name}={size} must be divisible by num_head={num_head}'
+      )

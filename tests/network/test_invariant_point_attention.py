@@ -93,6 +93,40 @@ def test_accuracy_does_not_depend_on_the_distance_from_the_origin():
     assert np.abs(got - want).max() / np.abs(want).max() < 5e-6
 
 
+@pytest.mark.parametrize('parameterisation', ['monomer', 'multimer', 'seed'])
+def test_error_at_10000_angstrom_is_at_most_twice_that_at_the_origin(
+  parameterisation,
+):
+  """Against float64 on the same, rounded translations."""
+  config = sa.InvariantPointAttentionConfig(
+    parameterisation=parameterisation, zero_init=False
+  )
+  init, apply = sa.transform_ipa(config)
+  rng = np.random.default_rng(0)
+  n_res = 64
+  rotation, _ = np.linalg.qr(rng.standard_normal((n_res, 3, 3)))
+  rotation *= np.sign(np.linalg.det(rotation))[:, None, None]
+  inputs = [
+    rng.standard_normal((n_res, 32)),
+    rng.standard_normal((n_res, n_res, 16)),
+    rotation,
+    16 * rng.standard_normal((n_res, 3)),
+  ]
+  inputs = [x.astype(np.float32) for x in inputs]
+  params = jax.jit(init)(jax.random.key(0), *inputs)
+  jitted = jax.jit(apply)
+
+  def error(offset):
+    moved = [*inputs[:3], inputs[3] + np.float32(offset)]
+    got = jitted(params, *moved)
+    with jax.enable_x64(True):
+      wide = jax.tree.map(lambda x: np.asarray(x, np.float64), (params, moved))
+      want = jitted(wide[0], *wide[1])
+    return np.abs(np.asarray(got) - np.asarray(want)).max()
+
+  assert error(10_000) <= 2 * error(0)
+
+
 def test_poses_by_vmap_over_frames_equal_single_calls():
   rotation, translation = (CASE.inputs[name] for name in FRAMES)
   factors = np.array([0.5, 1.0, 2.0], np.float32)

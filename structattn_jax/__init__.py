@@ -28,6 +28,11 @@ from structattn_jax.common.numerics import (
   safe_norm,
 )
 from structattn_jax.components.haiku_modules import LayerNorm, Linear
+from structattn_jax.components.neighbour_plan import (
+  NeighbourPlan,
+  PlanSizes,
+  plan_neighbours,
+)
 from structattn_jax.components.segment import (
   max_segment_size,
   segment_attention,
@@ -38,6 +43,7 @@ from structattn_jax.components.segment import (
   segment_sum,
 )
 from structattn_jax.geometry import Rigid
+from structattn_jax.kernels.residue_windows import PairSkip
 from structattn_jax.network.atom_cross_attention import (
   AtomCrossAttentionConfig,
   AtomCrossAttentionOutput,
@@ -45,6 +51,33 @@ from structattn_jax.network.atom_cross_attention import (
   TokenToAtomAttention,
   atom_cross_attention,
   transform_atom_cross_attention,
+)
+from structattn_jax.network.boltz_conditioning import (
+  FourierEmbedding,
+  PairwiseConditioning,
+  RelativePositionConfig,
+  RelativePositionEncoder,
+  SingleConditioning,
+  noise_time,
+)
+from structattn_jax.network.boltz_encoders import (
+  BoltzAtomAttention,
+  BoltzAtomContext,
+  BoltzAtomEncoderOutput,
+  transform_boltz_atom_attention,
+)
+from structattn_jax.network.boltz_features import (
+  Boltz1AtomAttentionConfig,
+  Boltz2AtomAttentionConfig,
+  BoltzAtomFeatures,
+)
+from structattn_jax.network.boltz_modules import (
+  Boltz1AtomAttentionDecoder,
+  Boltz1AtomAttentionEncoder,
+  Boltz2AtomAttentionDecoder,
+  Boltz2AtomAttentionEncoder,
+  Boltz2AtomEncoder,
+  Boltz2DiffusionConditioning,
 )
 from structattn_jax.network.boltz_token_attention import (
   TokenAttentionPool,
@@ -66,11 +99,20 @@ from structattn_jax.network.invariant_point_attention import (
   transform_ipa,
 )
 from structattn_jax.network.pallatom_atom_transformers import (
+  AtomAttentionDecoder,
+  AtomAttentionDecoderConfig,
+  AtomAttentionDecoderOutput,
+  AtomFeatureEncoder,
+  AtomFeatureEncoderConfig,
+  AtomFeatureEncoderOutput,
   AtomTransformer,
   AtomTransformerBlock,
   AtomTransformerConfig,
+  LinearNoBias,
   build_sparse_pairs,
   required_neighbours,
+  transform_atom_attention_decoder,
+  transform_atom_feature_encoder,
   transform_atom_transformer,
 )
 from structattn_jax.network.sedd_dual_track import (
@@ -98,33 +140,66 @@ from structattn_jax.network.structure_module import (
 )
 
 if TYPE_CHECKING:
-  from structattn_jax import data, discrete_diffusion, reference
+  from structattn_jax import (
+    data,
+    discrete_diffusion,
+    generate,
+    reference,
+    training,
+  )
 
 __version__ = '0.1.0'
 
-_LAZY = ('data', 'discrete_diffusion', 'reference')
+_LAZY = ('data', 'discrete_diffusion', 'generate', 'reference', 'training')
 
 __all__ = [
+  'AtomAttentionDecoder',
+  'AtomAttentionDecoderConfig',
+  'AtomAttentionDecoderOutput',
   'AtomCrossAttentionConfig',
   'AtomCrossAttentionOutput',
+  'AtomFeatureEncoder',
+  'AtomFeatureEncoderConfig',
+  'AtomFeatureEncoderOutput',
   'AtomToTokenAttention',
   'AtomTransformer',
   'AtomTransformerBlock',
   'AtomTransformerConfig',
   'BaseConfig',
+  'Boltz1AtomAttentionConfig',
+  'Boltz1AtomAttentionDecoder',
+  'Boltz1AtomAttentionEncoder',
+  'Boltz2AtomAttentionConfig',
+  'Boltz2AtomAttentionDecoder',
+  'Boltz2AtomAttentionEncoder',
+  'Boltz2AtomEncoder',
+  'Boltz2DiffusionConditioning',
+  'BoltzAtomAttention',
+  'BoltzAtomContext',
+  'BoltzAtomEncoderOutput',
+  'BoltzAtomFeatures',
   'DDiTBlock',
   'DualTrack',
   'DualTrackConfig',
   'DualTrackOutput',
   'FinalLayer',
+  'FourierEmbedding',
   'InvariantPointAttention',
   'InvariantPointAttentionConfig',
   'InvariantPointAttentionOutput',
   'LayerNorm',
   'Linear',
+  'LinearNoBias',
   'LowRankPair',
+  'NeighbourPlan',
+  'PairSkip',
+  'PairwiseConditioning',
+  'PlanSizes',
+  'RelativePositionConfig',
+  'RelativePositionEncoder',
   'Rigid',
   'SeddConfig',
+  'SingleConditioning',
   'StructureModule',
   'StructureModuleConfig',
   'StructureModuleOutput',
@@ -142,12 +217,15 @@ __all__ = [
   'discrete_diffusion',
   'dual_track_states',
   'frame_aligned_point_error',
+  'generate',
   'geometry',
   'layer_norm',
   'log_score',
   'masked_softmax',
   'max_segment_size',
   'multimer_backbone_loss',
+  'noise_time',
+  'plan_neighbours',
   'reference',
   'required_neighbours',
   'safe_norm',
@@ -162,8 +240,12 @@ __all__ = [
   'sidechain_loss',
   'testing',
   'torsion_angle_loss',
+  'training',
+  'transform_atom_attention_decoder',
   'transform_atom_cross_attention',
+  'transform_atom_feature_encoder',
   'transform_atom_transformer',
+  'transform_boltz_atom_attention',
   'transform_dual_track',
   'transform_ipa',
   'transform_sedd',

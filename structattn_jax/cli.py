@@ -158,7 +158,7 @@ def _add_train(commands: Any) -> None:
   parser.add_argument(
     '--out',
     type=pathlib.Path,
-    help='folder of the run (default: runs/NAME_OF_CONFIG)',
+    help='folder of the run (default: out/NAME_OF_CONFIG)',
   )
   parser.add_argument(
     '--steps', type=int, help='number of steps, instead of that of the file'
@@ -254,7 +254,7 @@ def _add_verify(commands: Any) -> None:
     'path',
     nargs='+',
     type=pathlib.Path,
-    help='npz file, or folder that is searched for them',
+    help='npz file, published checkpoint, or folder that is searched for both',
   )
   parser.add_argument(
     '--json', action='store_true', help='print JSON instead of a table'
@@ -298,7 +298,7 @@ def _train(options: argparse.Namespace) -> int:
       config = dataclasses.replace(config, steps=options.steps)
   except (TypeError, ValueError) as error:
     raise training.RunError(str(error)) from None
-  folder = options.out or pathlib.Path('runs') / options.config.stem
+  folder = options.out or pathlib.Path('out') / options.config.stem
   result = training.train(
     config, folder, report=report, progress=not options.quiet
   )

@@ -1,6 +1,6 @@
 """Proteins and ligands from a trained dual-track model, as text.
 
-  model = load_model('runs/small')
+  model = load_model('out/small')
   samples = generate(
     model, jax.random.key(0), mode='ligand_given_protein', protein='MKT...'
   )
@@ -268,7 +268,7 @@ def generate(
   complexes: dict[str, Any] = {}
   for track in (*tracks.generated, *tracks.context):
     if track in tracks.generated:
-      ids = np.asarray(getattr(found, track))
+      ids = np.asarray(found.tokens[track])
       mask = inputs[f'{track}_mask']
       texts[track] = tuple(
         decode(model.tokenizer(track), row[keep])
@@ -290,9 +290,8 @@ def generate(
       track: float(result.perplexity(track)) for track in tracks.generated
     },
     states={
-      track: np.asarray(getattr(found, f'{track}_states'))
-      for track in tracks.generated
-      if return_states
+      track: np.asarray(tokens)
+      for track, tokens in (found.states or {}).items()
     },
   )
 

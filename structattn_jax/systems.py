@@ -18,7 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from structattn_jax.network import atom_cross_attention as aca
-from structattn_jax.network import boltz_token_attention, sedd_dual_track
+from structattn_jax.network import (
+  boltz_encoders,
+  boltz_token_attention,
+  sedd_dual_track,
+)
 from structattn_jax.network import invariant_point_attention as ipa
 from structattn_jax.network import pallatom_atom_transformers as pallatom
 from structattn_jax.reference import atom_cross_attention as aca_reference
@@ -168,6 +172,89 @@ def token_attention_pool(
       'atom_features': 'n_atom c_atom',
       'atom_to_token': 'n_atom',
       'atom_mask': 'n_atom',
+    },
+  )
+
+
+_BOLTZ2_SHAPES = {
+  'atom_backbone_feat': 'n_atom',
+  'res_type': 'n_token',
+  'modified': 'n_token',
+  'mol_type': 'n_token',
+}
+
+
+def boltz_atom_attention(
+  config: boltz_encoders.Config, num_tokens: int
+) -> System:
+  """Boltz's atom attention encoder and decoder of either version."""
+  functions = boltz_encoders.transform_boltz_atom_attention(config)
+
+  def run(params: hk.Params, **inputs: Any) -> dict[str, jax.Array]:
+    names = ('single', 'pair', 'positions', 'token_act')
+    single, pair, positions, token_act = (
+      inputs.pop(name, None) for name in names
+    )
+    features = boltz_encoders.BoltzAtomFeatures(**inputs, num_tokens=num_tokens)
+    context = functions.precompute(params, features, single, pair)
+    encoded = functions.encode(params, context, positions)
+    found = {'tokens': encoded.tokens, 'atoms': encoded.atoms}
+    if token_act is not None:
+      update = functions.decode(params, context, token_act, encoded.atoms)
+      found['update'] = update.astype(encoded.atoms.dtype)
+    return found
+
+  def init(key: jax.Array, **inputs: Any) -> hk.Params:
+    params = functions.init(key)
+    jax.eval_shape(run, params, **inputs)  # For its checks.
+    return params
+
+  is_second = isinstance(config, boltz_encoders.Boltz2AtomAttentionConfig)
+
+  def oracle(params: hk.Params, inputs: Inputs) -> dict[str, np.ndarray]:
+    options = {}
+    if is_second:
+      names = (
+        'use_no_atom_char',
+        'use_atom_backbone_feat',
+        'use_residue_feats_atoms',
+      )
+      options = {name: getattr(config, name) for name in names}
+    decoder = (config.atom_decoder_depth, config.atom_decoder_heads)
+    found = boltz_reference.atom_attention(
+      {module: float64(arrays) for module, arrays in params.items()},
+      float64(inputs),
+      version=2 if is_second else 1,
+      n_query=config.atoms_per_window_queries,
+      n_key=config.atoms_per_window_keys,
+      encoder=(config.atom_encoder_depth, config.atom_encoder_heads),
+      decoder=decoder if 'token_act' in inputs else None,
+      num_tokens=num_tokens,
+      **options,
+    )
+    del found['p']
+    return found
+
+  return System(
+    'boltz_atom_attention',
+    'Boltz atom attention encoder and decoder',
+    'Boltz AtomAttentionEncoder, AtomAttentionDecoder; Abramson et al. 2024, '
+    'Suppl. Algs. 5-7',
+    hk.Transformed(init, run),
+    oracle,
+    {
+      'ref_pos': 'n_atom 3',
+      'ref_charge': 'n_atom',
+      'ref_element': 'n_atom',
+      'ref_atom_name_chars': 'n_atom 4',
+      'ref_space_uid': 'n_atom',
+      'atom_mask': 'n_atom',
+      'atom_to_token': 'n_atom',
+      **(_BOLTZ2_SHAPES if is_second else {}),
+      'single': 'n_token token_s',
+      'pair': 'n_token n_token token_z',
+      'positions': 'n_atom 3',
+      'token_act': 'n_token twice_token_s',
     },
   )
 

@@ -14,7 +14,9 @@ import jax
 import numpy as np
 
 from structattn_jax import systems
+from structattn_jax.components import parameters as pm
 from structattn_jax.network import atom_cross_attention as aca
+from structattn_jax.network import boltz_encoders
 from structattn_jax.network import boltz_token_attention as boltz
 from structattn_jax.network import invariant_point_attention as ipa
 from structattn_jax.network import pallatom_atom_transformers as pallatom
@@ -243,6 +245,88 @@ def _token_attention_case() -> Case:
   )
 
 
+def _boltz_case(name: str, config: boltz_encoders.Config) -> Case:
+  # With this seed no input of a relu is within 1e-4 of its kink.
+  rng = np.random.default_rng(100)
+  # Runs of tokens, one that comes back, atoms without a token; three windows.
+  token = np.array([0, 0, 0, 1, 2, 2, 1, -1, 3, 3, 4, 4], np.int32)
+  n_atom, n_token = len(token), 6
+  is_second = isinstance(config, boltz_encoders.Boltz2AtomAttentionConfig)
+  inputs = {
+    'ref_pos': _normal(rng, n_atom, 3),
+    'ref_charge': rng.integers(-1, 2, n_atom).astype(np.float32),
+    'ref_element': rng.integers(-1, 128, n_atom).astype(np.int32),
+    'ref_atom_name_chars': rng.integers(-1, 64, (n_atom, 4)).astype(np.int32),
+    'ref_space_uid': np.arange(n_atom, dtype=np.int32) // 5,
+    'atom_mask': ~np.isin(np.arange(n_atom), (3, 9)),
+    'atom_to_token': token,
+    'single': _normal(rng, n_token, config.token_s),
+    'pair': _normal(rng, n_token, n_token, config.token_z),
+    'positions': _normal(rng, n_atom, 3),
+    'token_act': _normal(rng, n_token, 2 * config.token_s),
+  }
+  if is_second:
+    inputs |= {
+      'atom_backbone_feat': rng.integers(0, 17, n_atom).astype(np.int32),
+      'res_type': rng.integers(0, 33, n_token).astype(np.int32),
+      'modified': np.arange(n_token) % 2 == 0,
+      'mol_type': rng.integers(0, 4, n_token).astype(np.int32),
+    }
+  token_inputs = ('single', 'pair', 'token_act', 'res_type', 'modified')
+  token_inputs += ('mol_type',)
+  system = systems.boltz_atom_attention(config, n_token)
+  table = boltz_encoders.atom_attention_parameters(config)
+  return Case(
+    name,
+    system,
+    lambda **inputs: system.transformed.apply(
+      pm.haiku_parameters(table), **inputs
+    ),
+    inputs,
+    paddings=(
+      {
+        'axes': {name: 0 for name in inputs if name not in token_inputs},
+        'masks': ('atom_mask',),
+        'output_axes': {'tokens': None, 'atoms': 0, 'update': 0},
+        'padding': config.atoms_per_window_queries,
+      },
+    ),
+    permutations=(
+      {
+        'axes': {
+          name: (0, 1) if name == 'pair' else 0
+          for name in token_inputs
+          if name in inputs
+        },
+        'index_of': ('atom_to_token',),
+        'output_axes': {'tokens': 0, 'atoms': None, 'update': None},
+      },
+    ),
+    bfloat16_system=systems.boltz_atom_attention(
+      dataclasses.replace(config, bfloat16=True), n_token
+    ),
+    degenerate={
+      'all_masked': {'atom_mask': np.zeros(n_atom, bool)},
+      'one_window_masked': {'atom_mask': np.arange(n_atom) < 2},
+      'coincident_atoms': {'ref_pos': np.zeros((n_atom, 3), np.float32)},
+    },
+  )
+
+
+_BOLTZ_SIZES = {
+  'atom_s': 8,
+  'atom_z': 4,
+  'token_s': 5,
+  'token_z': 3,
+  'atoms_per_window_queries': 4,
+  'atoms_per_window_keys': 8,
+  'atom_encoder_depth': 1,
+  'atom_encoder_heads': 2,
+  'atom_decoder_depth': 1,
+  'atom_decoder_heads': 4,
+}
+
+
 def _atom_transformer_case() -> Case:
   rng = np.random.default_rng(4)
   tok_idx = np.array([0, 0, 1, 1, 1, 3, 4, 9, 9, 20])
@@ -361,6 +445,25 @@ CASES: dict[str, Case] = {
       'af3_atom_cross_attention_dense', {'implementation': 'dense'}
     ),
     _token_attention_case(),
+    _boltz_case(
+      'boltz1_atom_attention',
+      boltz_encoders.Boltz1AtomAttentionConfig(
+        **_BOLTZ_SIZES, implementation='blocked'
+      ),
+    ),
+    _boltz_case(
+      'boltz2_atom_attention',
+      boltz_encoders.Boltz2AtomAttentionConfig(
+        **_BOLTZ_SIZES,
+        implementation='dense',
+        use_no_atom_char=True,
+        use_atom_backbone_feat=True,
+        use_residue_feats_atoms=True,
+        transformer_post_layer_norm=True,
+        token_transformer_depth=1,
+        token_transformer_heads=1,
+      ),
+    ),
     _atom_transformer_case(),
     _dual_track_case('sedd_dual_track', 'published'),
     _dual_track_case('sedd_dual_track_seed', 'seed'),

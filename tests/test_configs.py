@@ -8,6 +8,7 @@ import tomllib
 import pytest
 
 import structattn_jax as sa
+from structattn_jax import training
 
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
 
@@ -19,6 +20,24 @@ IPA_SIZES = {
   'num_scalar_v': 16,
   'num_point_qk': 4,
   'num_point_v': 8,
+}
+BOLTZ_SIZES = {
+  'atom_s': 128,
+  'atom_z': 16,
+  'token_s': 384,
+  'token_z': 128,
+  'atoms_per_window_queries': 32,
+  'atoms_per_window_keys': 128,
+  'atom_encoder_depth': 3,
+  'atom_encoder_heads': 4,
+  'atom_decoder_depth': 3,
+  'atom_decoder_heads': 4,
+}
+BOLTZ2_CHOICES = {
+  'use_no_atom_char': False,
+  'use_atom_backbone_feat': False,
+  'use_residue_feats_atoms': False,
+  'transformer_post_layer_norm': False,
 }
 PRESETS = {
   'seed_af2_ipa': (
@@ -46,6 +65,22 @@ PRESETS = {
     sa.TokenAttentionPoolConfig,
     {'num_head': 4, 'd_head': 32},
   ),
+  'boltz1_structure': (
+    sa.Boltz1AtomAttentionConfig,
+    {**BOLTZ_SIZES, 'structure_prediction': True},
+  ),
+  'boltz1_input_embedder': (
+    sa.Boltz1AtomAttentionConfig,
+    {**BOLTZ_SIZES, 'structure_prediction': False},
+  ),
+  'boltz2_structure': (
+    sa.Boltz2AtomAttentionConfig,
+    {**BOLTZ_SIZES, 'structure_prediction': True, **BOLTZ2_CHOICES},
+  ),
+  'boltz2_input_embedder': (
+    sa.Boltz2AtomAttentionConfig,
+    {**BOLTZ_SIZES, 'structure_prediction': False, **BOLTZ2_CHOICES},
+  ),
   'pallatom_atom_transformer': (
     sa.AtomTransformerConfig,
     {'num_block': 3, 'num_head': 4},
@@ -62,6 +97,79 @@ PRESETS = {
       'ligand_vocab': 2365,
       'variant': 'published',
       'bfloat16': False,
+    },
+  ),
+  'sedd_v100_protein': (
+    sa.SeddConfig,
+    {
+      'hidden_size': 768,
+      'num_head': 12,
+      'num_block': 8,
+      'cond_dim': 256,
+      'mlp_ratio': 4,
+      'vocab': 37,
+      'variant': 'v100',
+    },
+  ),
+  'sedd_small': (
+    sa.SeddConfig,
+    {
+      'hidden_size': 768,
+      'num_head': 12,
+      'num_block': 12,
+      'cond_dim': 128,
+      'mlp_ratio': 4,
+      'vocab': 50258,
+      'variant': 'sedd',
+    },
+  ),
+  'sedd_medium': (
+    sa.SeddConfig,
+    {
+      'hidden_size': 1024,
+      'num_head': 16,
+      'num_block': 24,
+      'cond_dim': 128,
+      'mlp_ratio': 4,
+      'vocab': 50258,
+      'variant': 'sedd',
+    },
+  ),
+  'sedd_protein_ligand_small': (
+    training.TrainConfig,
+    {
+      'modes': [
+        *('ligand_given_protein', 'ligand_only') * 2,
+        'joint',
+      ],
+      'noise': 'loglinear',
+      'steps': 1500,
+      'batch_size': 8,
+      'seed': 0,
+      'log_every': 10,
+      'evaluate_every': 500,
+      'checkpoint_every': 250,
+      'data': {
+        'path': 'bundled',
+        'protein_buckets': [256],
+        'ligand_buckets': [64],
+        'learn_ligand_length': True,
+      },
+      'model': {
+        'hidden_size': 128,
+        'num_head': 4,
+        'num_block': 4,
+        'cond_dim': 64,
+        'protein_vocab': 37,
+        'ligand_vocab': 43,
+        'dropout': 0.0,
+      },
+      'optimizer': {
+        'learning_rate': 6e-4,
+        'warmup': 50,
+        'clip': 1.0,
+        'ema_decay': 0.995,
+      },
     },
   ),
 }
@@ -101,4 +209,6 @@ def test_preset_header_says_source_and_class(name):
   assert all(line.startswith('#') for line in header.splitlines())
   words = ' '.join(header.replace('#', '').split())
   assert re.search(r'seed document 00\d|as released', words)
-  assert f'structattn_jax.{cls.__name__}.from_toml(' in header
+  assert re.search(
+    rf'structattn_jax\.(\w+\.)?{cls.__name__}\.from_toml\(', header
+  )

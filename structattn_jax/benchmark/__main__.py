@@ -4,12 +4,19 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from structattn_jax.benchmark import harness, ipa, segment, structure_module
+from structattn_jax.benchmark import (
+  atom_cross_attention,
+  harness,
+  ipa,
+  segment,
+  structure_module,
+)
 
 SECTIONS = {
   'segment': segment,
   'ipa': ipa,
   'structure_module': structure_module,
+  'atom_cross_attention': atom_cross_attention,
 }
 
 

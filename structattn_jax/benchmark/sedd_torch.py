@@ -10,8 +10,12 @@ Shapes as in the published code: [B, n] tokens, [B, n, V] scores.
 
 import importlib
 import math
-from collections.abc import Mapping, Sequence
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 State = Mapping[str, Any]
 
@@ -284,3 +288,74 @@ def _norm(state: State, name: str, x: Any) -> Any:
   return functional.layer_norm(
     x, x.shape[-1:], state[f'{name}.weight'], state[f'{name}.bias']
   )
+
+
+def set_threads() -> None:
+  """As many threads as cores that this process may use."""
+  _torch().set_num_threads(len(os.sched_getaffinity(0)))
+
+
+def tensor(x: Any) -> Any:
+  """A float tensor."""
+  return _torch().tensor(np.array(x))
+
+
+def tensors(tokens: Mapping[str, Any]) -> dict[str, Any]:
+  """Tokens as int64 tensors."""
+  return {name: tensor(x).long() for name, x in tokens.items()}
+
+
+def state_dict(params: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+  """Our parameters of the dual track under torch's names."""
+  kinds = {
+    'weights': 'weight',
+    'scale': 'weight',
+    'offset': 'bias',
+    'bias': 'bias',
+    'embedding': 'embedding.weight',
+  }
+  state = {}
+  for path, values in params.items():
+    *outer, last = re.sub(r'mlp_(\d)', r'mlp.\1', path).split('/')
+    for name, value in values.items():
+      value = np.array(value)
+      layers = (
+        enumerate(value) if outer[:1] == ['dual_track'] else [('', value)]
+      )
+      for index, own in layers:
+        where = (
+          [*outer[2:3], str(index), *outer[3:]]
+          if outer[:1] == ['dual_track']
+          else outer
+        )
+        key = '.'.join([*where, last, kinds[name]])
+        state[key] = tensor(own.T if name == 'weights' else own).contiguous()
+  return state
+
+
+def forward(*arguments: Any) -> dict[str, Any]:
+  """`logits` without gradients."""
+  with _torch().no_grad():
+    return logits(*arguments)
+
+
+def trainer(
+  state: State,
+  clean: Mapping[str, Any],
+  noised: Mapping[str, Any],
+  sigma: Any,
+  rate: Any,
+  num_head: int,
+) -> Callable[[], Any]:
+  """A training step to call again and again."""
+  torch = _torch()
+  own = {name: x.clone().requires_grad_() for name, x in state.items()}
+  optimizer = torch.optim.AdamW(list(own.values()), lr=3e-4, weight_decay=0.0)
+  average = [x.detach().clone() for x in own.values()]
+
+  def step():
+    return training_step(
+      own, optimizer, average, clean, noised, sigma, rate, num_head
+    )
+
+  return step

@@ -144,7 +144,7 @@ def _map(step: Callable[[Any], Any], rows: Any) -> Any:
       step(own(i)),
     )
 
-  shapes = jax.eval_shape(step, own(0))
+  shapes = jax.eval_shape(lambda i: step(own(i)), jnp.int32(0))
   start = jax.tree.map(
     lambda x: jnp.broadcast_to(anything.astype(x.dtype), (n_chunk, *x.shape)),
     shapes,

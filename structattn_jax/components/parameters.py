@@ -98,8 +98,8 @@ def init_parameters(
   table: Table, key: jax.Array, dtype: Any = jnp.float32
 ) -> dict[str, dict[str, jax.Array]]:
   """Initial values of all parameters of a table."""
-  init = hk.transform(lambda: haiku_parameters(table, dtype)).init
-  return init(key)
+  params: Any = hk.transform(lambda: haiku_parameters(table, dtype)).init(key)
+  return params
 
 
 def below(params: Params, scope: str) -> dict[str, Mapping[str, jax.Array]]:

@@ -463,9 +463,8 @@ def _models(
 def _checked(model: str, models: dict[str, list[pathlib.Path]]) -> ModelFiles:
   files = models[model]
   numbers = [_shard_number(file) for file in files]
-  # Shards are numbered from 0 or 1.
-  expected = range(min(numbers), min(numbers) + len(numbers))
-  if min(numbers) > 1 or sorted(numbers) != list(expected):
+  first = min(numbers)
+  if sorted(numbers) != list(range(first, first + len(numbers))):
     raise CheckpointError(
       f'{files[0].parent}: shards of {model!r} are missing or occur twice: '
       f'there are {", ".join(file.name for file in files)}'

@@ -76,7 +76,8 @@ def featurise_alphafold3(
 ) -> ComplexFeatures:
   """Turns a structure into AF3's tokens, atoms and reference features.
 
-    structure = data.load_structure(*data.example('1s3v')[:1])
+    files = data.example('1s3v')
+    structure = data.load_structure(files.structure, ligand=files.ligand)
     features = data.featurise_alphafold3(structure, seed=0)
 
   Args:

@@ -30,6 +30,7 @@ from structattn_jax.discrete_diffusion.sampling import (
   SampleOutput,
   SamplerConfig,
   sample,
+  sample_absorbing_from_uniform,
   sample_from_uniform,
   sample_sedd,
 )
@@ -54,6 +55,7 @@ __all__ = [
   'make_noise',
   'perplexity_bound',
   'sample',
+  'sample_absorbing_from_uniform',
   'sample_from_uniform',
   'sample_sedd',
   'sample_times',

@@ -96,6 +96,16 @@ class SampleOutput:
   states: dict[str, jax.Array] | None
   network_calls: jax.Array
 
+  @property
+  def protein(self) -> jax.Array | None:
+    """Protein tokens; None if they were not generated."""
+    return self.tokens.get('protein')
+
+  @property
+  def ligand(self) -> jax.Array | None:
+    """Ligand tokens; None if they were not generated."""
+    return self.tokens.get('ligand')
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -230,7 +240,7 @@ def sample(
   }
   tracks = network_lib.tracks_of(mode)
   context = {
-    track: _context(track, num_samples, *given[track])
+    track: _context(track, _vocab(config, track), num_samples, *given[track])
     for track in tracks.context
   }
   for track in set(given) - {*tracks.generated, *tracks.context}:
@@ -298,15 +308,21 @@ def sample_sedd(
   )
 
 
+def _vocab(config: network_lib.AnyConfig, track: str) -> int:
+  if isinstance(config, network_lib.SeddConfig):
+    return config.vocab
+  return config.protein_vocab if track == 'protein' else config.ligand_vocab
+
+
 def _context(
-  track: str, num_samples: int, tokens: Any, mask: Any, fixed: Any
+  track: str, vocab: int, num_samples: int, tokens: Any, mask: Any, fixed: Any
 ) -> tuple[jax.Array, jax.Array | None]:
   """Tokens and mask of a context, with a batch of 1 or `num_samples`."""
   if tokens is None or isinstance(tokens, int):
     raise ValueError(f'{track}: the mode needs its tokens, got {tokens}')
   if fixed is not None:
     raise ValueError(f'{track}_fixed: the mode does not generate this track')
-  tokens = _batched(f'{track}', tokens, num_samples, 'integer')
+  tokens = _batched(track, tokens, num_samples, 'integer', vocab)
   if mask is not None:
     mask = _batched(f'{track}_mask', mask, num_samples, 'bool')
     checks.check_shapes(
@@ -317,9 +333,17 @@ def _context(
   return tokens, mask
 
 
-def _batched(name: str, x: Any, num_samples: int, kind: str) -> jax.Array:
+def _batched(
+  name: str, x: Any, num_samples: int, kind: str, vocab: int | None = None
+) -> jax.Array:
   """[n] as [1, n]; [1, n] and [num_samples, n] as they are."""
   checks.check_dtypes(kind, **{name: x})
+  if vocab is not None and checks.is_concrete(x) and np.size(x):
+    smallest, largest = np.min(x), np.max(x)
+    if smallest < 0 or largest >= vocab:
+      raise ValueError(
+        f'{name}: expected tokens in [0, {vocab}), got {smallest} to {largest}'
+      )
   x = jnp.asarray(x)
   x = x[None] if x.ndim == 1 else x
   if x.ndim != 2 or x.shape[0] not in (1, num_samples):
@@ -351,7 +375,9 @@ def _sample(
         raise ValueError(f'{track}_fixed: needs tokens, got a length')
       lengths[track], fixed[track] = tokens, None
     else:
-      tokens = _batched(track, tokens, num_samples, 'integer')
+      tokens = _batched(
+        track, tokens, num_samples, 'integer', _vocab(config, track)
+      )
       lengths[track] = tokens.shape[1]
       fixed[track] = None
       if keep is not None:
@@ -366,7 +392,7 @@ def _sample(
           {'n': lengths[track]}, **{f'{track}_{name}': (x[0], 'n')}
         )
   if not isinstance(params, kernel.Program):
-    params = kernel.prepare(config, params, absorbing=graph == 'absorbing')
+    params = _prepared(config, params, absorbing=graph == 'absorbing')
   run = _run_absorbing if graph == 'absorbing' else _run_uniform
   return run(
     params,
@@ -382,6 +408,7 @@ def _sample(
   )
 
 
+_prepared = jax.jit(kernel.prepare, static_argnames=('config', 'absorbing'))
 _STATIC = ('lengths', 'num_samples', 'sampler', 'noise', 'return_states')
 
 
@@ -401,98 +428,160 @@ def _run_absorbing(
 ) -> SampleOutput:
   """The loop for absorbing graphs: two uniforms per position."""
   graphs = _graphs(program, 'absorbing')
-  plan = schedule(noise, sampler)
-  # Chances relative to e^logit / (V - 1); the denoiser always replaces.
-  amount = np.expm1(plan.dsigma.astype(np.float64))
-  if sampler.predictor == 'euler':
-    amount = plan.rate
-  log_chance = np.log(amount / np.expm1(plan.sigma[:-1].astype(np.float64)))
-  sigma = plan.sigma[:-1]
-  if sampler.denoise:
-    sigma, log_chance = plan.sigma, np.append(log_chance, np.inf)
-  modulation = kernel.modulations(program, jnp.asarray(sigma))
-
   sizes = dict(lengths)
-  start = {
-    track: jnp.full((num_samples, n), graphs[track].absorbing, jnp.int32)
-    for track, n in sizes.items()
-  }
+  sigma = schedule(noise, sampler).sigma[: sampler.steps + sampler.denoise]
+  modulation = kernel.modulations(program, jnp.asarray(sigma))
   uniforms = {
     track: _sample_uniforms(key, track, num_samples, n, len(sigma))
     for track, n in sizes.items()
   }
   time_free = not program.config.time_conditioning
-  # Nothing changes from step to step: the context once for all.
-  first = {track: value[0] for track, value in modulation.items()}
-  encoded = _encoded(program, first, context) if time_free else None
+  encoded = None
+  if time_free:
+    # The same at all noise levels.
+    first = {track: value[0] for track, value in modulation.items()}
+    encoded = _encoded(program, first, context)
 
-  def begin(modulation, tokens):
+  def network(tokens, modulation):
     read = encoded if time_free else _encoded(program, modulation, context)
-    return _begun(program, modulation, tokens, masks, read)
+    return _begun(program, modulation, tokens, masks, read).logits
 
-  def replace(tokens, logits, log_chance, draws, positions=None):
-    new = {}
-    for track, ids in tokens.items():
-      chosen, rows = ids, draws[track]
-      if positions is not None:
-        chosen = jnp.take_along_axis(ids, positions[track], 1)
-        rows = jnp.take_along_axis(rows, positions[track][..., None], 1)
-      replaced = replace_from_uniform(
+  return sample_absorbing_from_uniform(
+    network,
+    {track: graphs[track].dim for track in sizes},
+    uniforms,
+    modulation,
+    noise=noise,
+    sampler=sampler,
+    fixed=fixed,
+    time_free=time_free,
+    return_states=return_states,
+  )
+
+
+def sample_absorbing_from_uniform(
+  network: Callable[[Tokens, Any], Callable[..., Tokens]],
+  dims: Mapping[str, int],
+  uniforms: Tokens,
+  conditions: Any,
+  *,
+  noise: noise_lib.Noise = noise_lib.DEFAULT,
+  sampler: SamplerConfig = _DEFAULT,
+  fixed: Mapping[str, tuple[jax.Array, jax.Array] | None] | None = None,
+  time_free: bool = False,
+  return_states: bool = False,
+) -> SampleOutput:
+  """The loop of `sample` with given draws; absorbing graphs.
+
+  The same distribution as `sample_from_uniform` with two uniforms per position
+  instead of V. The end of the network runs only at absorbed positions, which
+  are gathered up to a number that is one of a few; nothing runs when no token
+  is absorbed.
+
+  Args:
+    network: `network(tokens, condition)` does what needs all tokens [B, n] by
+      track, and returns a function of `positions`, [B, k] by track or None for
+      all, that gives logits [B, k or n, n_out] by track; see
+      `replace_from_uniform` for n_out.
+    dims: states by track, including the absorbing one.
+    uniforms: [calls, B, n, 2] float in [0, 1) by track: whether and by what a
+      token is replaced. calls = steps + 1, or steps without the denoiser.
+    conditions: tree of [calls, ...], an entry for each network call.
+    noise: schedule.
+    sampler: how to sample.
+    fixed: as in `sample_from_uniform`.
+    time_free: whether logits depend on the tokens alone: then the network is
+      called only after a token has changed, with the same result.
+    return_states: whether to return the trajectory.
+
+  Returns:
+    The samples.
+  """
+  fixed = fixed or {}
+  plan = schedule(noise, sampler)
+  # Chances relative to e^logit / (V - 1); the denoiser always replaces.
+  amount = plan.rate.astype(np.float64)
+  if sampler.predictor == 'analytic':
+    amount = np.expm1(plan.dsigma.astype(np.float64))
+  log_chance = np.log(amount / np.expm1(plan.sigma[:-1].astype(np.float64)))
+  if sampler.denoise:
+    log_chance = np.append(log_chance, np.inf)
+  start = {
+    track: jnp.full(draws.shape[1:3], dims[track] - 1, jnp.int32)
+    for track, draws in uniforms.items()
+  }
+  longest = max(ids.shape[-1] for ids in start.values())
+  num_levels = max(1, min(_MOST_LEVELS, longest // _POSITIONS_PER_LEVEL))
+
+  def replaced(tokens, logits, log_chance, draws):
+    return {
+      track: replace_from_uniform(
         logits[track],
-        chosen,
+        ids,
         log_chance,
-        rows,
-        dim=graphs[track].dim,
+        draws[track],
+        dim=dims[track],
         temperature=sampler.temperature,
         top_p=sampler.top_p,
       )
-      if positions is not None:
-        replaced = jax.vmap(lambda x, i, y: x.at[i].set(y))(
-          ids, positions[track], replaced
-        )
-      new[track] = replaced
-    return new
+      for track, ids in tokens.items()
+    }
 
   def absorbed(tokens):
-    return {
-      track: ids == graphs[track].absorbing for track, ids in tokens.items()
-    }
+    return {track: ids == dims[track] - 1 for track, ids in tokens.items()}
 
   def project(tokens):
     return {
-      track: _put_back(ids, fixed[track]) for track, ids in tokens.items()
+      track: _put_back(ids, fixed.get(track)) for track, ids in tokens.items()
+    }
+
+  def at_level(level, begun, tokens, log_chance, draws):
+    """The end of one step at the first `level` parts of the positions."""
+    if level == num_levels:
+      return replaced(tokens, begun(None), log_chance, draws)
+    positions = {
+      track: jnp.argsort(~where, -1, stable=True)[
+        :, : -(-where.shape[-1] * level // num_levels)
+      ]
+      for track, where in absorbed(tokens).items()
+    }
+
+    def take(values):
+      return {
+        track: jax.vmap(lambda x, i: x[i])(x, positions[track])
+        for track, x in values.items()
+      }
+
+    new = replaced(take(tokens), begun(positions), log_chance, take(draws))
+    return {
+      track: jax.vmap(lambda x, i, y: x.at[i].set(y))(
+        ids, positions[track], new[track]
+      )
+      for track, ids in tokens.items()
     }
 
   def step(carry, inputs):
-    """One network call, of which the end runs at absorbed positions only."""
     tokens, calls = carry
-    modulation, log_chance, draws = inputs
+    condition, log_chance, draws = inputs
     tokens = project(tokens)
-    counts = [
-      jnp.max(jnp.sum(where, -1)) / where.shape[-1]
-      for where in absorbed(tokens).values()
-    ]
-    part = jnp.max(jnp.stack(counts))
+    part = jnp.max(
+      jnp.stack(
+        [
+          jnp.max(jnp.sum(where, -1)) / where.shape[-1]
+          for where in absorbed(tokens).values()
+        ]
+      )
+    )
 
     def call(tokens):
-      begun = begin(modulation, tokens)
-
-      def at_level(level, tokens):
-        if level == _LEVELS:
-          return replace(tokens, begun.logits(), log_chance, draws)
-        positions = {
-          track: jnp.argsort(~where, -1, stable=True)[
-            :, : -(-where.shape[-1] * level // _LEVELS)
-          ]
-          for track, where in absorbed(tokens).items()
-        }
-        logits = begun.logits(positions)
-        return replace(tokens, logits, log_chance, draws, positions)
-
-      level = jnp.ceil(part * _LEVELS).astype(jnp.int32)
+      begun = network(tokens, condition)
       branches = [
-        functools.partial(at_level, level) for level in range(1, _LEVELS + 1)
+        lambda tokens, level=level: at_level(
+          level, begun, tokens, log_chance, draws
+        )
+        for level in range(1, num_levels + 1)
       ]
+      level = jnp.ceil(part * num_levels).astype(jnp.int32)
       return jax.lax.switch(level - 1, branches, tokens)
 
     # Without anything absorbed nothing can change any more.
@@ -501,45 +590,47 @@ def _run_absorbing(
     return (new, calls), tokens if return_states else None
 
   def time_free_step(carry, inputs):
-    """The network depends on the tokens alone: only called if they changed."""
     tokens, logits, changed, calls = carry
-    _, log_chance, draws = inputs
+    condition, log_chance, draws = inputs
     tokens = project(tokens)
     logits = jax.lax.cond(
       changed,
-      lambda tokens: begin(first, tokens).logits(),
-      lambda _: logits,
+      lambda tokens: network(tokens, condition)(None),
+      lambda tokens: logits,
       tokens,
     )
+    new = replaced(tokens, logits, log_chance, draws)
     calls += changed.astype(jnp.int32)
-    new = replace(tokens, logits, log_chance, draws)
     changed = jnp.any(
-      jnp.stack([jnp.any(new[track] != tokens[track]) for track in tokens])
+      jnp.stack([jnp.any(new[track] != ids) for track, ids in tokens.items()])
     )
-    carry = (new, logits, changed, calls)
-    return carry, tokens if return_states else None
+    return (new, logits, changed, calls), tokens if return_states else None
 
-  inputs = (modulation, jnp.asarray(log_chance, jnp.float32), uniforms)
+  inputs = (conditions, jnp.asarray(log_chance, jnp.float32), dict(uniforms))
   calls = jnp.int32(0)
   if time_free:
-    shapes = jax.eval_shape(lambda tokens: begin(first, tokens).logits(), start)
-    empty = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    (tokens, _, _, calls), states = jax.lax.scan(
-      time_free_step, (start, empty, jnp.bool_(True), calls), inputs
+    condition = jax.tree.map(lambda x: x[0], conditions)
+    shapes = jax.eval_shape(
+      lambda tokens: network(tokens, condition)(None), start
     )
+    logits = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    carry = (start, logits, jnp.bool_(True), calls)
+    (tokens, _, _, calls), states = jax.lax.scan(time_free_step, carry, inputs)
   else:
     (tokens, calls), states = jax.lax.scan(step, (start, calls), inputs)
   tokens = project(tokens)
   if return_states and not sampler.denoise:
     states = {
-      track: jnp.concatenate([states[track], tokens[track][None]])
-      for track in tokens
+      track: jnp.concatenate([states[track], ids[None]])
+      for track, ids in tokens.items()
     }
   return SampleOutput(tokens, states, calls)
 
 
-# The end of the network is compiled for so many parts of the positions.
-_LEVELS = 4
+# The end of the network is compiled for so many parts of the positions, where
+# there are enough of them.
+_MOST_LEVELS = 4
+_POSITIONS_PER_LEVEL = 8
 
 
 @functools.partial(jax.jit, static_argnames=_STATIC)

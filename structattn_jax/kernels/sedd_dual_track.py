@@ -37,6 +37,8 @@ from structattn_jax.network import sedd_dual_track as network
 # Columns of the output are padded to multiples of this.
 BLOCK = 64
 _PADDED = -1e30
+# From so many logits per head on, heads are taken one by one on CPU.
+_LARGE = 2**16
 
 TRACKS = ('protein', 'ligand')
 # The track of the single-track network.
@@ -325,6 +327,8 @@ class _Run:
     tokens: jax.Array,
     mask: jax.Array | None,
   ):
+    if len(modulation) == 1 and modulation.ndim == 2:
+      modulation = modulation[0]
     self.config = program.config
     self.track = program.tracks[track]
     self.style = network.STYLES[program.config.variant]
@@ -335,7 +339,8 @@ class _Run:
     chunks = modulation.shape[-1] // self.config.hidden_size
     self.chunks = jnp.split(modulation[..., None, :], chunks, axis=-1)
     # Before the first layer, projections of a token depend on nothing else.
-    self.is_table = modulation.ndim == 1 and len(self.track.table) < tokens.size
+    self.is_table = len(self.track.table) < tokens.size
+    self.is_modulated_table = self.is_table and modulation.ndim == 1
     d_head = self.config.hidden_size // self.config.num_head
     cos, sin = network.rotary_tables(tokens.shape[-1], d_head)
     self.rotary = jnp.asarray(cos)[:, None], jnp.asarray(sin)[:, None]
@@ -353,11 +358,15 @@ class _Run:
     query = None
     if layer.query is None:
       query, key, value = self._projected(
-        lambda x: _modulated(x, scale, shift) @ layer.qkv, 3
+        lambda x: _modulated(x, scale, shift) @ layer.qkv,
+        3,
+        self.is_modulated_table,
       )
     else:
       key, value = self._projected(
-        lambda x: _modulated(x, scale, shift) @ layer.qkv, 2
+        lambda x: _modulated(x, scale, shift) @ layer.qkv,
+        2,
+        self.is_modulated_table,
       )
     key = network.rotate(key, *self.rotary)
     self.begun = index, query, key, value, read, read_mask
@@ -371,16 +380,15 @@ class _Run:
     rotary = self.rotary
     if positions is not None:
       self.x = _rows(self.x, positions)
-      self.is_table = False
       rotary = tuple(table[positions] for table in rotary)
     if query is None:
-      (query,) = self._projected(
-        lambda x: _modulated(x, scale1, shift1) @ layer.query, 1
+      (query,) = self._heads(
+        _modulated(self.x, scale1, shift1) @ layer.query, 1
       )
     query = network.rotate(query, *rotary)
     update = _attend(query, key, value, self.mask) @ layer.out
     self._add(update, layer.out_bias, gate1, self.mask)
-    self.is_table = False
+    self.is_table = self.is_modulated_table = False
 
     if read is not None:
       cross = layer.cross
@@ -397,9 +405,9 @@ class _Run:
   def keys_and_values(self, layer: Layer) -> tuple[jax.Array, jax.Array]:
     """What a layer of the other track reads of the present state."""
     cross: Any = layer.cross
-    (key,) = self._projected(lambda x: _normed(x) @ cross.key, 1)
+    (key,) = self._projected(lambda x: _normed(x) @ cross.key, 1, self.is_table)
     # Values see the state as it is, as published.
-    (value,) = self._projected(lambda x: x @ cross.value, 1)
+    (value,) = self._projected(lambda x: x @ cross.value, 1, self.is_table)
     return key, value
 
   def logits(self) -> jax.Array:
@@ -413,11 +421,14 @@ class _Run:
     return self.chunks[count * index : count * (index + 1)]
 
   def _projected(
-    self, project: Callable[[jax.Array], jax.Array], count: int
+    self,
+    project: Callable[[jax.Array], jax.Array],
+    count: int,
+    is_table: bool,
   ) -> list[jax.Array]:
     """`count` projections of all tokens, each [B, n, n_head, d_head]."""
-    if self.is_table:
-      return self._heads(project(self.track.table)[self.tokens], count)
+    if is_table:
+      return self._heads(project(self.track.table[None])[0][self.tokens], count)
     return self._heads(project(self.x), count)
 
   def _heads(self, x: jax.Array, count: int) -> list[jax.Array]:
@@ -461,24 +472,28 @@ def _attend(
   batch, n, n_head, d_head = query.shape
   shared = key.shape[0] == 1 and batch > 1
   if shared:
-    # All samples are rows of one product.
-    query = query.reshape(1, batch * n, n_head, d_head)
-  logits = (
-    jnp.einsum(
-      'bnhd,bmhd->bhnm', query, key, preferred_element_type=jnp.float32
-    )
-    if query.dtype == jnp.bfloat16
-    else jnp.einsum('bnhd,bmhd->bhnm', query, key)
-  )
-  if mask is not None:
-    if shared and mask.shape[0] > 1:
-      logits = logits.reshape(n_head, batch, n, -1).swapaxes(0, 1)
-    logits = jnp.where(mask[:, None, None, :], logits, _PADDED)
-    if shared and mask.shape[0] > 1:
-      logits = logits.swapaxes(0, 1).reshape(1, n_head, batch * n, -1)
-  weights = jax.nn.softmax(logits).astype(value.dtype)
-  out = jnp.einsum('bhnm,bmhd->bnhd', weights, value)
-  return out.reshape(batch, n, n_head * d_head)
+    # All samples are rows of one product, unless their masks differ.
+    if mask is None or mask.shape[0] == 1:
+      query = query.reshape(1, batch * n, n_head, d_head)
+    else:
+      key, value = (jnp.repeat(x, batch, 0) for x in (key, value))
+  # Heads in front.
+  heads = [jnp.moveaxis(x, 2, 0) for x in (query, key, value)]
+
+  def one(head):
+    query, key, value = head
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    logits = jnp.einsum('bnd,bmd->bnm', query, key, preferred_element_type=wide)
+    if mask is not None:
+      logits = jnp.where(mask[:, None, :], logits, _PADDED)
+    weights = jnp.exp(logits - jnp.max(logits, -1, keepdims=True))
+    out = jnp.einsum('bnm,bmd->bnd', weights.astype(value.dtype), value)
+    return out / jnp.sum(weights, -1, keepdims=True).astype(value.dtype)
+
+  # One head at a time stays in cache.
+  is_large = n * key.shape[1] >= _LARGE and jax.default_backend() == 'cpu'
+  out = jax.lax.map(one, heads) if is_large else jax.vmap(one)(heads)
+  return jnp.moveaxis(out, 0, 2).reshape(batch, n, n_head * d_head)
 
 
 def _prepare_track(

@@ -15,7 +15,6 @@ and attends through windows of 32 x 128 atoms instead.
 """
 
 import dataclasses
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import haiku as hk
@@ -27,15 +26,10 @@ from structattn_jax.components import haiku_modules as hm
 from structattn_jax.components import mapping, segment
 from structattn_jax.components import parameters as pm
 from structattn_jax.components.parameters import Params
-from structattn_jax.kernels import windowed_attention as kernel
-from structattn_jax.network import atom_layout
+from structattn_jax.network import atom_layout, atom_pairs
 from structattn_jax.network import diffusion_transformer as dt
-from structattn_jax.network.atom_layout import Arranged
-
-# Classes of elements and of each character of an atom's name.
-_NUM_ELEMENTS, _NUM_CHARS = 128, 64
-# Token pairs that are normalised and projected at a time.
-_PAIR_CHUNK = 4096
+from structattn_jax.network import published_atom_cross_attention as published
+from structattn_jax.network import window_transformer as wt
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -340,7 +334,7 @@ class AtomCrossAttConfig(base_config.BaseConfig):
   )
   decoder_transformer: dt.CrossAttTransformerConfig | None = None
   final_init: dt.FinalInit = 'zeros'
-  uid_rule: Literal['official', 'corrected'] = 'official'
+  uid_rule: published.UidRule = 'official'
   padded_keys: dt.PaddedKeys = 'official'
   implementation: Literal['lean', 'published'] = 'lean'
   window_chunk: int | None = None
@@ -360,7 +354,7 @@ class TransformerConditioning:
   """
 
   biases: tuple[jax.Array, ...]
-  terms: tuple[dt.AdaptiveTerms, ...] | None
+  terms: tuple[wt.AdaptiveTerms, ...] | None
 
 
 @jax.tree_util.register_dataclass
@@ -503,18 +497,28 @@ def precompute(
   if decoder:
     scopes.append(_transformer_scope(name, 'decoder'))
   own = [pm.below(params, f'{scope}/') for scope in scopes]
-  biases, pair = _pair_biases(
-    params, own, plan, ref, single, trunk_pair_cond, config, name, return_pair
+  biases, pair = atom_pairs.pair_biases(
+    params,
+    own,
+    plan,
+    ref.ref_pos,
+    single,
+    trunk_pair_cond,
+    name=name,
+    uid_rule=config.uid_rule,
+    padded_keys=config.padded_keys,
+    chunk=config.window_chunk,
+    return_pair=return_pair,
   )
   if config.bfloat16:
     single = single.astype(jnp.bfloat16)
   terms = [None] * len(scopes)
   if cache_terms:
-    shared = dt.Conditioning(single, numerics.layer_norm(single))
+    shared = wt.Conditioning(single, numerics.layer_norm(single))
     terms = [
       tuple(
-        dt.adaptive_terms(weights, shared)
-        for weights in dt.block_weights(*scoped)
+        wt.adaptive_terms(weights, shared)
+        for weights in wt.block_weights(*scoped)
       )
       for scoped in zip(own, scopes, strict=True)
     ]
@@ -664,15 +668,17 @@ def atom_cross_att_encoder(
   config = config or AtomCrossAttConfig()
   plan = batch.plan
   if config.implementation == 'published':
-    return _published_encoder(
+    found = published.encoder(
       params,
       batch,
       token_atoms_act,
       trunk_single_cond,
       trunk_pair_cond,
-      config,
-      name,
+      name=name,
+      uid_rule=config.uid_rule,
+      padded_keys=config.padded_keys,
     )
+    return AtomCrossAttEncoderOutput(*found, conditioning=None)
   conditioning = precompute(
     params,
     plan,
@@ -733,7 +739,20 @@ def atom_cross_att_decoder(
   """
   config = config or AtomCrossAttConfig()
   if config.implementation == 'published':
-    return _published_decoder(params, batch, token_act, encoded, config, name)
+    if encoded.pair_cond is None or encoded.conditioning is not None:
+      raise ValueError(
+        "encoded: is of the 'lean' encoder; use the same implementation"
+      )
+    return published.decoder(
+      params,
+      batch,
+      token_act,
+      published.Encoding(
+        *(getattr(encoded, x) for x in published.Encoding._fields)
+      ),
+      name=name,
+      padded_keys=config.padded_keys,
+    )
   if encoded.conditioning is None:
     raise ValueError(
       "encoded: is of the 'published' encoder; use the same implementation"
@@ -884,9 +903,9 @@ def atom_cross_att_parameters(
   table: pm.Table = {
     'embed_ref_pos': pm.linear(3, c_atom),
     'embed_ref_mask': pm.linear(1, c_atom),
-    'embed_ref_element': pm.linear(_NUM_ELEMENTS, c_atom),
+    'embed_ref_element': pm.linear(published.NUM_ELEMENTS, c_atom),
     'embed_ref_charge': pm.linear(1, c_atom),
-    'embed_ref_atom_name': pm.linear(4 * _NUM_CHARS, c_atom),
+    'embed_ref_atom_name': pm.linear(4 * published.NUM_CHARS, c_atom),
     'embed_pair_offsets_valid': pm.linear(1, c_pair),
     'pair_mlp_1': pm.linear(c_pair, c_pair, initializer='relu'),
     'pair_mlp_2': pm.linear(c_pair, c_pair, initializer='relu'),
@@ -1049,188 +1068,6 @@ def _atom_features(
   return jnp.where(mask, act, 0)
 
 
-def _pair_biases(
-  params: Params,
-  transformers: Sequence[Params],
-  plan: atom_layout.WindowPlan,
-  ref: atom_layout.RefStructure,
-  single: jax.Array,
-  trunk_pair_cond: jax.Array | None,
-  config: AtomCrossAttConfig,
-  name: str,
-  return_pair: bool,
-) -> tuple[list[tuple[jax.Array, ...]], jax.Array | None]:
-  """Pair logits of every block of every transformer, and the pair embedding."""
-
-  def weights(leaf: str) -> jax.Array:
-    return params[f'{name}_{leaf}']['weights']
-
-  def queries(x: jax.Array) -> jax.Array:
-    return atom_layout.query_blocks(plan, jnp.asarray(x))
-
-  def keys(x: jax.Array) -> jax.Array:
-    return atom_layout.atom_windows(plan, jnp.asarray(x))
-
-  relu = jax.nn.relu(single)
-  row = dt.linear(params, relu, f'{name}_single_to_pair_cond_row_1')
-  column = dt.linear(params, relu, f'{name}_single_to_pair_cond_col_1')
-  position = jnp.where(plan.atom_mask[:, None], ref.ref_pos, 0)
-  key_uid = plan.official_key_space_uid
-  if config.uid_rule == 'corrected':
-    key_uid = plan.space_uid
-  # The scale of the layer norm before the logits goes into their weights.
-  heads = []
-  for own in transformers:
-    scale = own['pair_input_layer_norm']['scale']
-    projection = own['pair_logits_projection']['weights']
-    heads.append(scale[:, None, None] * projection)
-  folded = {
-    'geometry': jnp.concatenate(
-      [
-        weights('embed_pair_offsets_1'),
-        weights('embed_pair_distances_1'),
-        weights('embed_pair_offsets_valid'),
-      ]
-    ),
-    'mlp': [weights(f'pair_mlp_{i}') for i in (1, 2, 3)],
-    'heads': jnp.concatenate(heads, 1),
-  }
-  table, index = None, None
-  if trunk_pair_cond is not None:
-    table = _token_pairs(params, plan, trunk_pair_cond, name)
-    first = plan.pair_offset[:, None] + plan.pair_stride[:, None] * queries(
-      plan.token_index
-    )
-    index = first[:, :, None] + keys(plan.token_index)[:, None]
-    # Pairs of padding may lie anywhere.
-    index = jnp.clip(index, 0, table.shape[0] - 1)
-  key_mask = keys(plan.atom_mask)
-  masked = key_mask if config.padded_keys == 'masked' else None
-  chunk = kernel.windows_per_chunk(plan.n_window, config.window_chunk)
-  logits, pair = mapping.chunked_map(
-    _pair_chunk_with_embedding if return_pair else _pair_chunk,
-    chunk,
-    None,
-    jax.tree.map(lambda x: x.astype(single.dtype), folded),
-    table,
-    index,
-    (queries(row), keys(column), queries(position), keys(position)),
-    (queries(plan.space_uid), keys(key_uid), key_mask, masked),
-  )
-  n_blocks = [x.shape[1] for x in heads]
-  biases, first = [], 0
-  for n_block in n_blocks:
-    biases.append(tuple(logits[first : first + n_block]))
-    first += n_block
-  return biases, pair
-
-
-def _pair_chunk_with_embedding(
-  weights: dict[str, Any],
-  trunk: jax.Array | None,
-  floats: tuple[jax.Array, ...],
-  constants: tuple[jax.Array | None, ...],
-) -> tuple[list[jax.Array], jax.Array]:
-  """Pair logits of some windows, and the pair embedding.
-
-  Channels come before pairs: sums over 16 channels then run over long rows.
-  """
-  row, column, query_pos, key_pos = floats
-  query_uid, key_uid, key_mask, masked = constants
-  n, n_query, c_pair = row.shape
-  n_key = column.shape[1]
-  n_block, n_head = weights['heads'].shape[1:]
-
-  def product(w: jax.Array, x: jax.Array) -> jax.Array:
-    # One product per window: faster on CPU than one for all.
-    w = jnp.broadcast_to(w, (n, *w.shape))
-    return jnp.einsum('wcd,wcp->wdp', w, x)
-
-  def channels(x: jax.Array) -> jax.Array:
-    return x[:, None, None]
-
-  # Lines 3-6 and 11-13: conformer geometry where both atoms are of one.
-  # Coordinates do not pass through matrix units.
-  query_pos, key_pos = (
-    jnp.moveaxis(query_pos, -1, 0),
-    jnp.moveaxis(key_pos, -1, 0),
-  )
-  offsets = query_pos[..., None] - key_pos[:, :, None]
-  nearness = 1 / (1 + jnp.sum(jnp.square(offsets), 0))
-  x, y, z, near, both = map(channels, weights['geometry'])
-  geometry = x * offsets[0][:, None] + y * offsets[1][:, None]
-  geometry += z * offsets[2][:, None] + near * nearness[:, None] + both
-  valid = query_uid[:, None, :, None] == key_uid[:, None, None, :]
-  # Lines 9 and 10, 14.
-  pair = jnp.swapaxes(row, 1, 2)[..., None]
-  pair += jnp.swapaxes(column, 1, 2)[:, :, None]
-  pair += jnp.where(valid, geometry, 0)
-  if trunk is not None:
-    trunk = jnp.where(key_mask[:, None, :, None], trunk, 0)
-    pair += jnp.moveaxis(trunk, -1, 1)
-  pair = pair.reshape(n, c_pair, n_query * n_key)
-  mlp = weights['mlp']
-  hidden = product(mlp[0], jax.nn.relu(pair))
-  hidden = product(mlp[1], jax.nn.relu(hidden))
-  pair += product(mlp[2], jax.nn.relu(hidden))
-
-  # The layer norm's mean is taken out of the weights, its factor put behind.
-  # Sums over channels are written out: as reductions they are slower.
-  parts = [pair[:, i] for i in range(c_pair)]
-  mean = sum(parts) / c_pair
-  variance = sum(jnp.square(x - mean) for x in parts) / c_pair
-  heads = weights['heads'].reshape(c_pair, -1)
-  heads -= jnp.mean(heads, 0)
-  logits = product(heads, pair) * jax.lax.rsqrt(variance + 1e-5)[:, None]
-  logits = logits.reshape(n, n_block, n_head, n_query, n_key)
-  if masked is not None:
-    logits += jnp.where(masked[:, None, None, None], 0, dt.MASKED)
-  embedding = jnp.swapaxes(pair, 1, 2).reshape(n, n_query, n_key, c_pair)
-  return [logits[:, i] for i in range(n_block)], embedding
-
-
-def _pair_chunk(*arguments: Any) -> tuple[list[jax.Array], None]:
-  return _pair_chunk_with_embedding(*arguments)[0], None
-
-
-def _token_pairs(
-  params: Params,
-  plan: atom_layout.WindowPlan,
-  trunk_pair_cond: jax.Array,
-  name: str,
-) -> jax.Array:
-  """The trunk's pair embedding of the token pairs in windows: [n_pair, c].
-
-  Only those pairs are normalised and projected; all of them if the windows
-  hold more.
-  """
-  scale = params[f'{name}_lnorm_trunk_pair_cond']['scale']
-  projection = params[f'{name}_embed_trunk_pair_cond']['weights']
-  weights = (scale[:, None] * projection).astype(trunk_pair_cond.dtype)
-  table = trunk_pair_cond.reshape(-1, trunk_pair_cond.shape[-1])
-  if plan.pair_index is None:
-    return _embed_token_pair(weights, table, None, None)
-  size = plan.pair_index.shape[0]
-  chunk = mapping.largest_divisor(size, _PAIR_CHUNK)
-  return mapping.chunked_map(
-    _embed_token_pair,
-    chunk,
-    None,
-    weights,
-    table,
-    jnp.asarray(plan.pair_index),
-    None,
-    None,
-  )
-
-
-def _embed_token_pair(
-  weights: jax.Array, rows: jax.Array, floats: None, constants: None
-) -> jax.Array:
-  del floats, constants
-  return jnp.dot(numerics.layer_norm(rows), weights, precision='highest')
-
-
 def _token_mean(
   plan: atom_layout.WindowPlan, act: jax.Array, weights: jax.Array
 ) -> jax.Array:
@@ -1268,8 +1105,8 @@ def _transform(
   scope = _transformer_scope(name, part)
   own: Any = getattr(conditioning, part)
   plan = conditioning.plan
-  return dt.window_transformer(
-    dt.block_weights(pm.below(params, f'{scope}/'), scope),
+  return wt.window_transformer(
+    wt.block_weights(pm.below(params, f'{scope}/'), scope),
     act,
     own.biases,
     plan.key_start,
@@ -1283,193 +1120,3 @@ def _transform(
 
 def _transformer_scope(name: str, part: str) -> str:
   return f'{name}_atom_transformer_{part}'
-
-
-# Upstream's own formulation: the reference.
-
-
-def _published_encoder(
-  params: Params,
-  batch: atom_layout.DenseBatch,
-  token_atoms_act: jax.Array | None,
-  trunk_single_cond: jax.Array | None,
-  trunk_pair_cond: jax.Array | None,
-  config: AtomCrossAttConfig,
-  name: str,
-) -> AtomCrossAttEncoderOutput:
-  gathers = batch.atom_cross_att
-  ref = batch.ref
-  mask = jnp.asarray(batch.pred_dense_atom_mask)
-
-  def linear(leaf: str, x: jax.Array, precision: Any = None) -> jax.Array:
-    return dt.linear(params, x, f'{name}_{leaf}', precision)
-
-  def from_dense(x: jax.Array) -> jax.Array:
-    dense = Arranged(jnp.asarray(x), 'token_atoms')
-    return atom_layout.convert(gathers.token_atoms_to_queries, dense).values
-
-  def to_keys(x: jax.Array) -> jax.Array:
-    queries = Arranged(x, 'queries')
-    return atom_layout.convert(gathers.queries_to_keys, queries).values
-
-  dtype = ref.ref_pos.dtype
-  act = linear('embed_ref_pos', ref.ref_pos, 'highest')
-  act += linear('embed_ref_mask', ref.ref_mask[..., None].astype(dtype))
-  act += linear(
-    'embed_ref_element',
-    jax.nn.one_hot(ref.ref_element, _NUM_ELEMENTS, dtype=dtype),
-  )
-  act += linear('embed_ref_charge', jnp.arcsinh(ref.ref_charge)[..., None])
-  chars = jax.nn.one_hot(ref.ref_atom_name_chars, _NUM_CHARS, dtype=dtype)
-  act += linear('embed_ref_atom_name', chars.reshape(*mask.shape, -1))
-  act *= ref.ref_mask[..., None].astype(dtype)
-  single = from_dense(act)
-  queries_mask = from_dense(mask)
-  keep = queries_mask[..., None].astype(dtype)
-  if trunk_single_cond is not None:
-    by_token = linear(
-      'embed_trunk_single_cond',
-      dt.scaled_layer_norm(
-        params, trunk_single_cond, f'{name}_lnorm_trunk_single_cond'
-      ),
-      'highest',
-    )
-    tokens = Arranged(by_token, 'tokens')
-    single += atom_layout.convert(gathers.tokens_to_queries, tokens).values
-  act = single
-  if token_atoms_act is not None:
-    noisy = from_dense(token_atoms_act)
-    act = linear('atom_positions_to_features', noisy, 'highest') * keep + single
-  keys_single = to_keys(single)
-  keys_mask = to_keys(queries_mask)
-
-  row = linear('single_to_pair_cond_row_1', jax.nn.relu(single))
-  column = linear('single_to_pair_cond_col_1', jax.nn.relu(keys_single))
-  pair = row[:, :, None] + column[:, None]
-  if trunk_pair_cond is not None:
-    embedded = linear(
-      'embed_trunk_pair_cond',
-      dt.scaled_layer_norm(
-        params, trunk_pair_cond, f'{name}_lnorm_trunk_pair_cond'
-      ),
-      'highest',
-    )
-    query, key = gathers.tokens_to_queries, gathers.tokens_to_keys
-    both = query.gather_mask[:, :, None] & key.gather_mask[:, None]
-    by_atom = embedded[query.gather_idxs[:, :, None], key.gather_idxs[:, None]]
-    pair += by_atom * both[..., None].astype(dtype)
-  query_pos = from_dense(ref.ref_pos)
-  key_pos = to_keys(query_pos)
-  query_uid = from_dense(batch.ref_space_uid)
-  if config.uid_rule == 'corrected':
-    key_uid = to_keys(query_uid)
-  else:
-    # Positions in the layout of queries, used as those of another layout.
-    dense = jnp.asarray(batch.ref_space_uid).reshape(-1)
-    wrong = gathers.queries_to_keys
-    key_uid = dense[jnp.minimum(wrong.gather_idxs, dense.size - 1)]
-    key_uid *= wrong.gather_mask
-  valid = query_uid[:, :, None] == key_uid[:, None]
-  valid = valid[..., None].astype(dtype)
-  offset = query_pos[:, :, None] - key_pos[:, None]
-  squared = jnp.sum(jnp.square(offset), -1, keepdims=True)
-  pair += linear('embed_pair_offsets_1', offset, 'highest') * valid
-  pair += linear('embed_pair_distances_1', 1 / (1 + squared)) * valid
-  pair += linear('embed_pair_offsets_valid', valid)
-  hidden = linear('pair_mlp_1', jax.nn.relu(pair))
-  hidden = linear('pair_mlp_2', jax.nn.relu(hidden))
-  pair += linear('pair_mlp_3', jax.nn.relu(hidden))
-
-  act = _published_transform(
-    params,
-    batch,
-    (act, queries_mask, single, keys_mask, keys_single, pair),
-    config,
-    _transformer_scope(name, 'encoder'),
-  )
-  act *= keep
-  by_query = linear('project_atom_features_for_aggr', act)
-  by_slot = atom_layout.convert(
-    gathers.queries_to_token_atoms, Arranged(by_query, 'queries')
-  ).values
-  slots = mask[..., None].astype(dtype)
-  total = jnp.sum(slots * jax.nn.relu(by_slot), 1)
-  token_act = total / jnp.maximum(jnp.sum(slots, 1), 1e-10)
-  return AtomCrossAttEncoderOutput(
-    token_act=token_act,
-    skip_connection=act,
-    queries_mask=queries_mask,
-    queries_single_cond=single,
-    keys_mask=keys_mask,
-    keys_single_cond=keys_single,
-    pair_cond=pair,
-    conditioning=None,
-  )
-
-
-def _published_decoder(
-  params: Params,
-  batch: atom_layout.DenseBatch,
-  token_act: jax.Array,
-  encoded: AtomCrossAttEncoderOutput,
-  config: AtomCrossAttConfig,
-  name: str,
-) -> jax.Array:
-  if encoded.pair_cond is None or encoded.conditioning is not None:
-    raise ValueError(
-      "encoded: is of the 'lean' encoder; use the same implementation"
-    )
-  gathers = batch.atom_cross_att
-  by_token = dt.linear(
-    params, token_act, f'{name}_project_token_features_for_broadcast'
-  )
-  shape = (*batch.pred_dense_atom_mask.shape, by_token.shape[-1])
-  dense = Arranged(jnp.broadcast_to(by_token[:, None], shape), 'token_atoms')
-  act = atom_layout.convert(gathers.token_atoms_to_queries, dense).values
-  keep = encoded.queries_mask[..., None].astype(act.dtype)
-  act = (act + encoded.skip_connection) * keep
-  act = _published_transform(
-    params,
-    batch,
-    (
-      act,
-      encoded.queries_mask,
-      encoded.queries_single_cond,
-      encoded.keys_mask,
-      encoded.keys_single_cond,
-      encoded.pair_cond,
-    ),
-    config,
-    _transformer_scope(name, 'decoder'),
-  )
-  act = dt.scaled_layer_norm(
-    params, act * keep, f'{name}_atom_features_layer_norm'
-  )
-  update = dt.linear(
-    params, act, f'{name}_atom_features_to_position_update', 'highest'
-  )
-  return atom_layout.convert(
-    gathers.queries_to_token_atoms, Arranged(update, 'queries')
-  ).values
-
-
-def _published_transform(
-  params: Params,
-  batch: atom_layout.DenseBatch,
-  inputs: tuple[jax.Array, ...],
-  config: AtomCrossAttConfig,
-  scope: str,
-) -> jax.Array:
-  act, queries_mask, single, keys_mask, keys_single, pair = inputs
-  return dt.cross_att_transformer(
-    pm.below(params, f'{scope}/'),
-    Arranged(act, 'queries'),
-    queries_mask,
-    batch.atom_cross_att.queries_to_keys,
-    keys_mask,
-    single,
-    keys_single,
-    pair,
-    name=scope,
-    padded_keys=config.padded_keys,
-  ).values

@@ -254,7 +254,7 @@ def relative_position_encoding(
   )
   by_chain = clipped(difference(sym_id), s_max, has_copies)
 
-  weights = params['linear_layer']['weights']
+  weights = jnp.asarray(params['linear_layer']['weights'])
   n_bin = 2 * r_max + 2
   residue_rows, token_rows, entity_row, chain_rows = jnp.split(
     weights, [n_bin, 2 * n_bin, 2 * n_bin + 1]
@@ -263,9 +263,9 @@ def relative_position_encoding(
   chain_rows = jnp.concatenate([chain_rows, chain_rows + entity_row])
   by_chain += (2 * s_max + 2) * same_entity
   return (
-    residue_rows.at[by_residue].get(mode='promise_in_bounds')
-    + token_rows.at[by_token].get(mode='promise_in_bounds')
-    + chain_rows.at[by_chain].get(mode='promise_in_bounds')
+    jnp.take(residue_rows, by_residue, 0, mode='clip')
+    + jnp.take(token_rows, by_token, 0, mode='clip')
+    + jnp.take(chain_rows, by_chain, 0, mode='clip')
   )
 
 

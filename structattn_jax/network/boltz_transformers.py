@@ -189,7 +189,7 @@ def below(scope: str, table: pm.Table) -> pm.Table:
 def linear(params: Params, name: str, x: jax.Array) -> jax.Array:
   """X @ weights + bias, where there is one, in the dtype of `x`."""
   own = params[name]
-  y = x @ own['weights'].astype(x.dtype)
+  y = jnp.matmul(x, own['weights'].astype(x.dtype))
   return y + own['bias'].astype(x.dtype) if 'bias' in own else y
 
 

@@ -9,13 +9,11 @@ Everything is a pure function of a parameter tree with upstream's names
 (`{name}q_projection`, ...) and stacked blocks; sizes are read off the
 parameters. `Transformer` and `CrossAttTransformer` are the Haiku modules.
 
-`cross_att_transformer` is the published form on upstream's layouts.
-`window_transformer` computes the same on flat atoms: all projections once per
-atom instead of once per window, the scales of layer norms folded into the
-weights behind them, what depends on the conditioning alone in advance.
+The atom transformer is here as published, on upstream's layouts;
+`window_transformer.py` has the same on flat atoms, which is faster.
 
-Shapes: n_token tokens; n_atom flat atoms; n_window windows of num_queries and
-num_keys atoms; n_block blocks; n_head heads of d_key and d_value channels.
+Shapes: n_token tokens; n_window windows of num_queries and num_keys atoms;
+n_block blocks; n_head heads of d_key and d_value channels.
 
 Differs from the paper as the released code does: queries and keys have their
 own adaptive layer norm; one layer norm of the pair serves all blocks; the
@@ -26,9 +24,7 @@ zeros.
 """
 
 import dataclasses
-import operator
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import haiku as hk
 import jax
@@ -36,10 +32,8 @@ import jax.numpy as jnp
 
 from structattn_jax.common import base_config, checks, numerics
 from structattn_jax.components import haiku_modules as hm
-from structattn_jax.components import mapping
 from structattn_jax.components import parameters as pm
 from structattn_jax.components.parameters import Params
-from structattn_jax.kernels import windowed_attention as kernel
 from structattn_jax.network import atom_layout
 from structattn_jax.network.atom_layout import Arranged, GatherInfo
 
@@ -48,7 +42,8 @@ FinalInit = Literal['zeros', 'linear']
 
 # Upstream's logit of a masked key.
 MASKED = -1e9
-_STACK = '__layer_stack_with_per_layer/'
+# Haiku's scope of stacked blocks.
+STACK = '__layer_stack_with_per_layer/'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -347,7 +342,7 @@ def cross_att_transformer(
     act += transition_block(own, act, queries_single_cond)
     return act, None
 
-  blocks = pm.below(params, f'{_STACK}{name}')
+  blocks = pm.below(params, f'{STACK}{name}')
   act, _ = jax.lax.scan(block, queries_act.values, (blocks, logits))
   return Arranged(act, queries_act.layout)
 
@@ -400,8 +395,9 @@ def transformer(
     act += transition_block(own, act, single_cond)
     return act, None
 
+  run: Any = block
   if block_remat:
-    block = jax.checkpoint(block, prevent_cse=False)
+    run = jax.checkpoint(block, prevent_cse=False)
 
   def super_block(act: jax.Array, inputs: Any) -> tuple[jax.Array, None]:
     own, projection = inputs
@@ -409,12 +405,12 @@ def transformer(
     if pair_act is not None:
       pair_logits = linear(projection, pair_act, 'pair_logits_projection')
       pair_logits = jnp.transpose(pair_logits, (2, 3, 0, 1))
-    return jax.lax.scan(block, act, (own, pair_logits))
+    return jax.lax.scan(run, act, (own, pair_logits))
 
-  blocks = pm.below(params, f'{_STACK}{_STACK}{name}')
+  blocks = pm.below(params, f'{STACK}{STACK}{name}')
   projection = 'pair_logits_projection'
   projections = (
-    {} if pair_act is None else {projection: params[f'{_STACK}{projection}']}
+    {} if pair_act is None else {projection: params[f'{STACK}{projection}']}
   )
   return jax.lax.scan(super_block, act, (blocks, projections))[0]
 
@@ -510,302 +506,6 @@ class CrossAttTransformer(hk.Module):
       name=self.name,
       padded_keys=self.padded_keys,
     )
-
-
-# The atom transformer on flat atoms.
-
-
-class BlockWeights(NamedTuple):
-  """Parameters of one block, put together for few large products."""
-
-  key_condition: jax.Array  # [c_cond, 2 c] scale, shift
-  key_condition_bias: jax.Array  # [c]
-  condition: jax.Array  # [c_cond, 4 c] scale, shift of queries and transition
-  condition_bias: jax.Array  # [2 c]
-  gate: jax.Array  # [c_cond, 2 c]
-  gate_bias: jax.Array  # [2 c]
-  query: jax.Array  # [c, n_head d_key + n_head d_value], with the gate
-  query_bias: jax.Array  # [n_head d_key]
-  key_value: jax.Array  # [c, n_head d_key + n_head d_value]
-  output: jax.Array  # [n_head d_value, c]
-  transition1: jax.Array  # [c, 2 c_hidden]
-  transition2: jax.Array  # [c_hidden, c]
-
-
-class AdaptiveTerms(NamedTuple):
-  """What a block needs of the conditioning, each [n_atom, c]."""
-
-  key_scale: jax.Array
-  key_shift: jax.Array
-  query_scale: jax.Array
-  transition_scale: jax.Array
-  query_shift: jax.Array
-  transition_shift: jax.Array
-  attention_gate: jax.Array
-  transition_gate: jax.Array
-
-
-class Conditioning(NamedTuple):
-  """The conditioning of the atoms, and its layer norm, without scale."""
-
-  single: jax.Array  # [n_atom, c_cond]
-  normalised: jax.Array  # [n_atom, c_cond]
-
-
-def block_weights(params: Params, name: str) -> list[BlockWeights]:
-  """The blocks of `cross_att_transformer_parameters`, folded.
-
-  Scales of layer norms go into the weights behind them, the factor of the
-  logits into those of the queries.
-
-  Args:
-    params: those of the atom transformer.
-    name: name of the module, which its blocks' parameters repeat.
-
-  Returns:
-    One per block.
-  """
-  own = pm.below(params, f'{_STACK}{name}')
-
-  def flat(module: str) -> jax.Array:
-    weights = own[module]['weights']
-    return weights.reshape(*weights.shape[:2], -1)
-
-  def join(*arrays: jax.Array) -> jax.Array:
-    return jnp.concatenate(arrays, -1)
-
-  def condition(prefix: str, kind: str) -> jax.Array:
-    scale = own[f'{prefix}single_cond_layer_norm']['scale']
-    return scale[..., None] * own[f'{prefix}single_cond_{kind}']['weights']
-
-  def bias(module: str) -> jax.Array:
-    return own[module]['bias']
-
-  n_block, _, n_head, d_key = own['q_projection']['weights'].shape
-  factor = d_key**-0.5
-  stacked = BlockWeights(
-    key_condition=join(*(condition('k', x) for x in ('scale', 'bias'))),
-    key_condition_bias=bias('ksingle_cond_scale'),
-    condition=join(
-      *(condition(x, kind) for kind in ('scale', 'bias') for x in ('q', 'ffw_'))
-    ),
-    condition_bias=join(
-      *(bias(f'{x}single_cond_scale') for x in ('q', 'ffw_'))
-    ),
-    gate=join(*(flat(f'{x}adaptive_zero_cond') for x in ('', 'ffw_'))),
-    gate_bias=join(*(bias(f'{x}adaptive_zero_cond') for x in ('', 'ffw_'))),
-    query=join(factor * flat('q_projection'), flat('gating_query')),
-    query_bias=factor * bias('q_projection').reshape(n_block, n_head * d_key),
-    key_value=join(flat('k_projection'), flat('v_projection')),
-    output=flat('transition2'),
-    transition1=flat('ffw_transition1'),
-    transition2=flat('ffw_transition2'),
-  )
-  return [jax.tree.map(operator.itemgetter(i), stacked) for i in range(n_block)]
-
-
-def adaptive_terms(
-  weights: BlockWeights, conditioning: Conditioning
-) -> AdaptiveTerms:
-  """All of a block that depends on the conditioning alone.
-
-  Args:
-    weights: of the block.
-    conditioning: of the atoms.
-
-  Returns:
-    The terms; 8 of the 21 units of work of a block.
-  """
-  return AdaptiveTerms(
-    *_key_terms(weights, conditioning), *_query_terms(weights, conditioning)
-  )
-
-
-def window_block(
-  weights: BlockWeights,
-  act: jax.Array,
-  conditioning: AdaptiveTerms | Conditioning,
-  bias: jax.Array,
-  key_start: jax.Array,
-  mask: jax.Array,
-  *,
-  chunk: int | None = None,
-  remat: bool = True,
-) -> jax.Array:
-  """One block of the atom transformer on flat atoms.
-
-  Keys and values of all atoms first, then everything else for a few windows at
-  a time, so that intermediates stay in cache.
-
-  Args:
-    weights: of the block.
-    act: [n_atom, c] float.
-    conditioning: of the atoms, or its terms.
-    bias: [n_window, n_head, num_queries, num_keys] pair logits.
-    key_start: [n_window] int32, first key of each window.
-    mask: [n_atom] bool, True for real atoms. Padding has zero keys and values,
-      as upstream's padding when it is seen.
-    chunk: windows at a time; see `kernels.windowed_attention`.
-    remat: whether to keep nothing but `act` for the backward pass.
-
-  Returns:
-    New activations, [n_atom, c]; meaningless for padding.
-  """
-  n_window, n_head, n_query, n_key = bias.shape
-  own_chunk = kernel.windows_per_chunk(n_window, chunk)
-
-  def run(fn: Any, window: int | None, *arguments: Any) -> Any:
-    if not remat:
-      return mapping.whole_map(fn, window, *arguments)
-    return mapping.chunked_map(fn, own_chunk, window, *arguments)
-
-  def by_window(x: jax.Array) -> jax.Array:
-    return x.reshape(n_window, n_query, *x.shape[1:])
-
-  if isinstance(conditioning, AdaptiveTerms):
-    for_keys, for_queries = conditioning[:2], conditioning[2:]
-  else:
-    for_keys = for_queries = conditioning
-  act = by_window(act)
-  rows = (act, *map(by_window, for_keys))
-  fn = _KEYS_AND_VALUES[isinstance(conditioning, AdaptiveTerms)]
-  keys, values = run(fn, None, weights, None, None, rows, by_window(mask))
-  table = tuple(
-    x.reshape(n_window * n_query, n_head, -1) for x in (keys, values)
-  )
-  rows = (act, bias, *map(by_window, for_queries))
-  fn = _QUERIES[isinstance(conditioning, AdaptiveTerms)]
-  act = run(fn, n_key, weights, table, key_start, rows, None)
-  return act.reshape(n_window * n_query, -1)
-
-
-def window_transformer(
-  weights: Sequence[BlockWeights],
-  act: jax.Array,
-  biases: Sequence[jax.Array],
-  key_start: jax.Array,
-  mask: jax.Array,
-  single_cond: jax.Array,
-  terms: Sequence[AdaptiveTerms] | None = None,
-  *,
-  chunk: int | None = None,
-  remat: bool = True,
-) -> jax.Array:
-  """The atom transformer on flat atoms (Alg. 7).
-
-  Args:
-    weights: of each block.
-    act: [n_atom, c] float.
-    biases: pair logits of each block; see `window_block`.
-    key_start: [n_window] int32, first key of each window.
-    mask: [n_atom] bool, True for real atoms.
-    single_cond: [n_atom, c_cond] float.
-    terms: of each block; None computes them here.
-    chunk: windows at a time.
-    remat: whether to recompute each block in the backward pass.
-
-  Returns:
-    [n_atom, c]; meaningless for padding.
-  """
-  shared = None
-  if terms is None:
-    shared = Conditioning(single_cond, numerics.layer_norm(single_cond))
-  for i, own in enumerate(weights):
-    act = window_block(
-      own,
-      act,
-      shared if terms is None else terms[i],
-      biases[i],
-      key_start,
-      mask,
-      chunk=chunk,
-      remat=remat,
-    )
-  return act
-
-
-def _key_terms(
-  weights: BlockWeights, conditioning: Conditioning
-) -> tuple[jax.Array, jax.Array]:
-  """Scale and shift of the keys' layer norm."""
-  x = conditioning.normalised
-  y = x @ weights.key_condition.astype(x.dtype)
-  scale, shift = jnp.split(y, 2, -1)
-  return jax.nn.sigmoid(
-    scale + weights.key_condition_bias.astype(x.dtype)
-  ), shift
-
-
-def _query_terms(
-  weights: BlockWeights, conditioning: Conditioning
-) -> tuple[jax.Array, ...]:
-  """Scales and shifts of queries and transition, both output gates."""
-  x, single = conditioning.normalised, conditioning.single
-  y = x @ weights.condition.astype(x.dtype)
-  scales, shifts = jnp.split(y, 2, -1)
-  scales = jax.nn.sigmoid(scales + weights.condition_bias.astype(x.dtype))
-  gates = single @ weights.gate.astype(x.dtype)
-  gates = jax.nn.sigmoid(gates + weights.gate_bias.astype(x.dtype))
-  return tuple(x for y in (scales, shifts, gates) for x in jnp.split(y, 2, -1))
-
-
-def _keys_and_values(
-  weights: BlockWeights, taken: None, floats: Any, mask: jax.Array
-) -> list[jax.Array]:
-  """Keys and values of some windows' own atoms, all heads together."""
-  del taken
-  act, scale, shift = floats
-  x = scale * numerics.layer_norm(act) + shift
-  x = jnp.where(mask[..., None], x, 0)
-  y = _rows_product(x, weights.key_value)
-  return jnp.split(y, [weights.query_bias.shape[0]], -1)
-
-
-def _keys_and_values_uncached(
-  weights: BlockWeights, taken: None, floats: Any, mask: jax.Array
-) -> list[jax.Array]:
-  act, *conditioning = floats
-  terms = _key_terms(weights, Conditioning(*conditioning))
-  return _keys_and_values(weights, taken, (act, *terms), mask)
-
-
-def _queries(
-  weights: BlockWeights, taken: Any, floats: Any, constants: None
-) -> jax.Array:
-  """Attention and transition of the atoms of some windows."""
-  del constants
-  act, bias, q_scale, t_scale, q_shift, t_shift, a_gate, t_gate = floats
-  n_head = bias.shape[1]
-  x = q_scale * numerics.layer_norm(act) + q_shift
-  width = weights.query_bias.shape[0]
-  q, gate = jnp.split(_rows_product(x, weights.query), [width], -1)
-  q += weights.query_bias.astype(q.dtype)
-  q = q.reshape(*q.shape[:2], n_head, -1)
-  out = kernel.attend(q, *taken, bias)
-  out = out.reshape(gate.shape) * jax.nn.sigmoid(gate)
-  act += a_gate * _rows_product(out, weights.output)
-
-  x = t_scale * numerics.layer_norm(act) + t_shift
-  hidden = swish_gate(_rows_product(x, weights.transition1))
-  return act + t_gate * _rows_product(hidden, weights.transition2)
-
-
-def _queries_uncached(
-  weights: BlockWeights, taken: Any, floats: Any, constants: None
-) -> jax.Array:
-  act, bias, *conditioning = floats
-  terms = _query_terms(weights, Conditioning(*conditioning))
-  return _queries(weights, taken, (act, bias, *terms), constants)
-
-
-# By whether the terms of the conditioning are given.
-_KEYS_AND_VALUES = (_keys_and_values_uncached, _keys_and_values)
-_QUERIES = (_queries_uncached, _queries)
-
-
-def _rows_product(x: jax.Array, weights: jax.Array) -> jax.Array:
-  """[n_window, num_queries, c] @ [c, d] as one product."""
-  return x @ weights.astype(x.dtype)
 
 
 # Tables of parameters.
@@ -922,7 +622,7 @@ def cross_att_transformer_parameters(
   *,
   name: str = 'transformer',
 ) -> pm.Table:
-  """Of `cross_att_transformer` and `window_transformer`, below the module."""
+  """Of `cross_att_transformer`, below the module."""
   block = {
     **cross_attention_parameters(config.attention, channels, cond_channels),
     **transition_block_parameters(
@@ -933,7 +633,7 @@ def cross_att_transformer_parameters(
   return {
     'pair_input_layer_norm': pm.layer_norm(pair_channels),
     'pair_logits_projection': pm.linear(pair_channels, *logits),
-    **pm.stack(block, config.num_blocks, prefix=f'{_STACK}{name}'),
+    **pm.stack(block, config.num_blocks, prefix=f'{STACK}{name}'),
   }
 
 
@@ -954,13 +654,13 @@ def transformer_parameters(
   }
   size = config.super_block_size
   n_super = config.num_blocks // size
-  table = pm.stack(block, n_super, size, prefix=f'{_STACK}{_STACK}{name}')
+  table = pm.stack(block, n_super, size, prefix=f'{STACK}{STACK}{name}')
   if pair_channels is None:
     return table
   logits = pm.linear(pair_channels, size, config.attention.num_head)
   return {
     'pair_input_layer_norm': pm.layer_norm(pair_channels),
-    **pm.stack({'pair_logits_projection': logits}, n_super, prefix=_STACK),
+    **pm.stack({'pair_logits_projection': logits}, n_super, prefix=STACK),
     **table,
   }
 

@@ -23,12 +23,10 @@ As published, odd or not:
     not; only its p_skip is zero between spaces.
   * Step 1 groups atoms by position, n_atom // n_token at a time, not by token.
   * In a batch `tok_idx[0]` serves all items, except in the mean of step 17.
-  * Window 32 means the own residue and 15 on each side (strict inequality);
-    padding slots hold index n_atom - 1.
-Differs from published: `atom_mask` is an extension; an atom without any live
-slot gets a zero attention term instead of NaN; under jit the number of slots,
-or a plan of the windows, is an argument; logits, softmax and norms are at
-least float32.
+Those of the blocks are in `pallatom_atom_blocks.py`. Differs from published:
+`atom_mask` is an extension; an atom without any live slot gets a zero attention
+term instead of NaN; under jit the number of slots, or a plan of the windows, is
+an argument; logits, softmax and norms are at least float32.
 """
 
 import dataclasses
@@ -42,28 +40,44 @@ import numpy as np
 
 from structattn_jax.common import base_config, checks, numerics
 from structattn_jax.components import haiku_modules as hm
-from structattn_jax.components import segment
+from structattn_jax.components import neighbour_plan, segment
 from structattn_jax.kernels import residue_windows
+from structattn_jax.network import pallatom_atom_blocks as blocks_lib
+from structattn_jax.network.pallatom_atom_blocks import (
+  WINDOW_SIZE,
+  AtomTransformer,
+  AtomTransformerBlock,
+  AtomTransformerConfig,
+  LinearNoBias,
+  build_sparse_pairs,
+  required_neighbours,
+  transform_atom_transformer,
+)
 
-WINDOW_SIZE = 32
+# Also the names of upstream's file that live beside the blocks.
+__all__ = [
+  'WINDOW_SIZE',
+  'AtomAttentionDecoder',
+  'AtomAttentionDecoderConfig',
+  'AtomAttentionDecoderOutput',
+  'AtomFeatureEncoder',
+  'AtomFeatureEncoderConfig',
+  'AtomFeatureEncoderOutput',
+  'AtomTransformer',
+  'AtomTransformerBlock',
+  'AtomTransformerConfig',
+  'LinearNoBias',
+  'build_sparse_pairs',
+  'required_neighbours',
+  'transform_atom_attention_decoder',
+  'transform_atom_feature_encoder',
+  'transform_atom_transformer',
+]
 
 Implementation = Literal['lean', 'dense']
 
 # Upstream's numbering of the layers of an MLP with ReLUs between them.
 _MLP_LAYERS = (0, 2, 4, 6)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AtomTransformerConfig(base_config.BaseConfig):
-  """Sizes of the atom transformer; channels come from the inputs.
-
-  Attributes:
-    num_block: number of blocks, each with its own weights.
-    num_head: number of heads; must divide c_atom.
-  """
-
-  num_block: int = 3
-  num_head: int = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,294 +124,6 @@ class AtomAttentionDecoderConfig(base_config.BaseConfig):
   window_size: int = WINDOW_SIZE
   implementation: Implementation | None = None
   max_neighbours: int | None = None
-
-
-def build_sparse_pairs(
-  tok_idx: Any,
-  window_size: int = WINDOW_SIZE,
-  *,
-  max_neighbours: int | None = None,
-) -> tuple[Any, Any]:
-  """Lists for every atom the atoms in its window of residues.
-
-  m is a neighbour of l if |tok_idx[l] - tok_idx[m]| < window_size // 2. Rows
-  ascend in atom index; padding slots hold n_atom - 1 and are masked. Sorting
-  and two searches, O(n log n + n k), instead of upstream's n x n comparison.
-
-    >>> neighbours, valid = build_sparse_pairs(np.array([0, 0, 5, 6]), 4)
-    >>> neighbours.tolist(), valid.tolist()
-    ([[0, 1], [0, 1], [2, 3], [2, 3]], [[True, True], [True, True], \
-[True, True], [True, True]])
-
-  Args:
-    tok_idx: [n_atom] integer, the residue of each atom; any order, gaps and
-      offsets allowed.
-    window_size: static span of the window in residues; 0 and 1 give no
-      neighbours at all, 2 and 3 the own residue only.
-    max_neighbours: static number of slots. None takes the largest number that
-      any atom has, which needs concrete `tok_idx`; under jit give
-      `required_neighbours(tok_idx, window_size)` or more.
-
-  Returns:
-    neighbor_idx [n_atom, n_nbr] and valid_mask [n_atom, n_nbr] bool. Concrete
-    `tok_idx`: NumPy arrays, indices int64, exactly upstream's. Traced: JAX
-    arrays, indices int32.
-
-  Raises:
-    ValueError: if `tok_idx` is not a vector, if `max_neighbours` is missing
-      under jit or too small (the message says the number needed), or if
-      `window_size` is negative. A compiled function raises `JaxRuntimeError`
-      with the same message when it meets an index that needs more.
-    TypeError: if `tok_idx` does not hold integers.
-  """
-  checks.check_shapes(tok_idx=(tok_idx, 'n_atom'))
-  checks.check_dtypes('integer', tok_idx=tok_idx)
-  if window_size < 0:
-    raise ValueError(f'window_size: expected at least 0, got {window_size}')
-  concrete = checks.is_concrete(tok_idx)
-  if max_neighbours is None and not concrete:
-    raise ValueError(
-      'max_neighbours: required under jit; compute it on the host with '
-      'required_neighbours(tok_idx, window_size)'
-    )
-  # The same lines on the host and under jit.
-  xp: Any = np if concrete else jnp
-  tok_idx = xp.asarray(tok_idx)
-  n_atom, half = tok_idx.shape[0], window_size // 2
-  order = xp.argsort(tok_idx, stable=True)
-  ordered = tok_idx[order]
-  low = xp.searchsorted(ordered, tok_idx - half, side='right')
-  high = xp.searchsorted(ordered, tok_idx + half, side='left')
-  needed = xp.maximum(high - low, 0).max(initial=0)
-  if concrete:
-    max_neighbours = int(needed) if max_neighbours is None else max_neighbours
-    _check_neighbours(needed, max_neighbours)
-  else:
-    jax.lax.cond(
-      needed > max_neighbours,
-      lambda: jax.debug.callback(_check_neighbours, needed, max_neighbours),
-      lambda: None,
-    )
-  slots = low[:, None] + xp.arange(max_neighbours)
-  valid = slots < high[:, None]
-
-  def unsorted_rows():
-    # Atoms of a window are contiguous once sorted by residue; sorting the row
-    # restores ascending atom indices.
-    rows = order[xp.clip(slots, 0, max(n_atom - 1, 0))]
-    return xp.sort(xp.where(valid, rows, n_atom), -1).astype(slots.dtype)
-
-  is_sorted = (ordered == tok_idx).all()
-  if concrete:
-    neighbours = slots if is_sorted else unsorted_rows()
-  else:
-    neighbours = jax.lax.cond(is_sorted, lambda: slots, unsorted_rows)
-  return xp.where(valid, neighbours, n_atom - 1), valid
-
-
-def _check_neighbours(needed: Any, max_neighbours: Any) -> None:
-  if needed > max_neighbours:
-    raise ValueError(
-      f'max_neighbours: {max_neighbours} is too small, an atom has {needed} '
-      f'neighbours; give max_neighbours={needed}'
-    )
-
-
-def required_neighbours(tok_idx: Any, window_size: int = WINDOW_SIZE) -> int:
-  """Largest number of neighbours of any atom, computed on the host.
-
-  Args:
-    tok_idx: [n_atom] integer, concrete.
-    window_size: span of the window in residues.
-
-  Returns:
-    The smallest number that `max_neighbours` may be.
-  """
-  ordered, half = np.sort(np.asarray(tok_idx)), window_size // 2
-  low = np.searchsorted(ordered, ordered - half, side='right')
-  high = np.searchsorted(ordered, ordered + half, side='left')
-  return max(int((high - low).max(initial=0)), 0)
-
-
-class LinearNoBias(hm.Linear):
-  """y = x W without a bias, torch's default initialiser.
-
-  Args of the constructor:
-    num_output: output size.
-    precision: 'highest' where `x` or `y` are coordinates.
-    name: module name.
-  """
-
-  def __init__(
-    self,
-    num_output: int,
-    *,
-    precision: jax.lax.PrecisionLike = None,
-    name: str = 'linear_no_bias',
-  ):
-    super().__init__(
-      num_output,
-      initializer='torch',
-      use_bias=False,
-      precision=precision,
-      name=name,
-    )
-
-
-class AtomTransformerBlock(hk.Module):
-  """Attention over the neighbours of each atom, then a feed-forward layer.
-
-  Seed document 002, `AtomTransformerBlock`. Pre-norm residual, no gates:
-
-    q_l   = LN_q(q) W_q;  k_m = LN_c(c) W_k;  v_m = LN_c(c) W_v
-    s_lkh = q_lh . k_mh / sqrt(d) + (LN_pair(p_lk) W_b)_h,  m = neighbour k of l
-    q_l  += (softmax over live k of s_lkh, times v_mh) W_o
-    q_l  += relu(LN_ff(q_l) W_1) W_2,  4 c_atom hidden channels
-
-  Parameters: modules `norm_q`, `norm_c`, `norm_pair`, `norm_ff` (`scale`,
-  `offset`) and `to_q`, `to_k`, `to_v`, `to_out`, `pair_bias`, `ff1`, `ff2`
-  (`weights` [in, out], the transpose of torch's).
-  """
-
-  def __init__(self, num_head: int, *, name: str = 'atom_transformer_block'):
-    super().__init__(name=name)
-    self.num_head = num_head
-
-  def __call__(
-    self,
-    q: jax.Array,
-    c: jax.Array,
-    p: jax.Array,
-    neighbor_idx: jax.Array,
-    valid_mask: jax.Array,
-  ) -> jax.Array:
-    """Returns the updated atom queries.
-
-    Args:
-      q: [n_atom, c_atom] float, atom queries.
-      c: [n_atom, c_atom] float, atom context: the source of keys and values.
-      p: [n_atom, n_nbr, c_pair] float; p[l, k] describes the pair of atom l
-        and atom neighbor_idx[l, k].
-      neighbor_idx: [n_atom, n_nbr] integer in [0, n_atom).
-      valid_mask: [n_atom, n_nbr] bool, True = live pair.
-
-    Returns:
-      [n_atom, c_atom] in the dtype of `q`.
-
-    Raises:
-      ValueError: on a wrong shape, or if num_head does not divide c_atom.
-      TypeError: on a wrong dtype.
-    """
-    dims = checks.check_shapes(
-      q=(q, 'n_atom c_atom'),
-      c=(c, 'n_atom c_atom'),
-      p=(p, 'n_atom n_nbr c_pair'),
-      neighbor_idx=(neighbor_idx, 'n_atom n_nbr'),
-      valid_mask=(valid_mask, 'n_atom n_nbr'),
-    )
-    checks.check_dtypes('floating', q=q, c=c, p=p)
-    checks.check_dtypes('integer', neighbor_idx=neighbor_idx)
-    checks.check_dtypes('bool', valid_mask=valid_mask)
-    n_atom, c_atom, n_head = dims['n_atom'], dims['c_atom'], self.num_head
-    _check_heads(c_atom, n_head)
-    heads = (n_atom, n_head, c_atom // n_head)
-
-    context = hm.LayerNorm(name='norm_c')(c)
-    query = LinearNoBias(c_atom, name='to_q')(hm.LayerNorm(name='norm_q')(q))
-    key = LinearNoBias(c_atom, name='to_k')(context)
-    value = LinearNoBias(c_atom, name='to_v')(context)
-    key, value = (x.reshape(heads)[neighbor_idx] for x in (key, value))
-    bias = hm.LayerNorm(name='norm_pair')(p)
-    bias = LinearNoBias(n_head, name='pair_bias')(bias)
-
-    logits = jnp.einsum(
-      'lhd,lkhd->lkh',
-      numerics.at_least_float32(query.reshape(heads)),
-      numerics.at_least_float32(key),
-    )
-    logits = logits * heads[-1] ** -0.5 + numerics.at_least_float32(bias)
-    weights = numerics.masked_softmax(logits, valid_mask[..., None], axis=1)
-    attended = jnp.einsum('lkh,lkhd->lhd', weights.astype(q.dtype), value)
-    q = q + LinearNoBias(c_atom, name='to_out')(
-      attended.reshape(n_atom, c_atom)
-    )
-
-    hidden = LinearNoBias(4 * c_atom, name='ff1')(
-      hm.LayerNorm(name='norm_ff')(q)
-    )
-    return q + LinearNoBias(c_atom, name='ff2')(jax.nn.relu(hidden))
-
-  @hk.name_like('__call__')
-  def weights(
-    self, c_atom: int, c_pair: int, dtype: Any
-  ) -> residue_windows.BlockWeights:
-    """The block's parameters, for the lean implementation.
-
-    Args:
-      c_atom: channels of atoms.
-      c_pair: channels of pairs.
-      dtype: of fresh parameters.
-
-    Returns:
-      The same parameters that a call reads.
-    """
-    n_head = self.num_head
-    _check_heads(c_atom, n_head)
-    wide = 4 * c_atom
-    return residue_windows.BlockWeights(
-      norm_q=_norm_weights('norm_q', c_atom, dtype),
-      norm_c=_norm_weights('norm_c', c_atom, dtype),
-      norm_pair=_norm_weights('norm_pair', c_pair, dtype),
-      norm_ff=_norm_weights('norm_ff', c_atom, dtype),
-      to_q=_linear_weights('to_q', c_atom, c_atom, dtype),
-      to_k=_linear_weights('to_k', c_atom, c_atom, dtype),
-      to_v=_linear_weights('to_v', c_atom, c_atom, dtype),
-      to_out=_linear_weights('to_out', c_atom, c_atom, dtype),
-      pair_bias=_linear_weights('pair_bias', c_pair, n_head, dtype),
-      ff1=_linear_weights('ff1', c_atom, wide, dtype),
-      ff2=_linear_weights('ff2', wide, c_atom, dtype),
-    )
-
-
-class AtomTransformer(hk.Module):
-  """A stack of `AtomTransformerBlock`s with the same c, p and neighbours.
-
-  Seed document 002, `AtomTransformer`. Blocks are named `blocks_0`,
-  `blocks_1`, ... (upstream `blocks.0`, ...).
-  """
-
-  def __init__(
-    self, config: AtomTransformerConfig, *, name: str = 'atom_transformer'
-  ):
-    super().__init__(name=name)
-    self.config = config
-
-  def __call__(
-    self,
-    q: jax.Array,
-    c: jax.Array,
-    p: jax.Array,
-    neighbor_idx: jax.Array,
-    valid_mask: jax.Array,
-  ) -> jax.Array:
-    """Returns the updated atom queries; arguments as the block's."""
-    for block in range(self.config.num_block):
-      q = self._block(block)(q, c, p, neighbor_idx, valid_mask)
-    return q
-
-  @hk.name_like('__call__')
-  def weights(
-    self, c_atom: int, c_pair: int, dtype: Any
-  ) -> list[residue_windows.BlockWeights]:
-    """The parameters of all blocks; see `AtomTransformerBlock.weights`."""
-    return [
-      self._block(block).weights(c_atom, c_pair, dtype)
-      for block in range(self.config.num_block)
-    ]
-
-  @hk.transparent
-  def _block(self, block: int) -> AtomTransformerBlock:
-    return AtomTransformerBlock(self.config.num_head, name=f'blocks_{block}')
 
 
 class AtomFeatureEncoderOutput(NamedTuple):
@@ -463,7 +189,7 @@ class AtomFeatureEncoder(hk.Module):
     tok_idx: Any,
     atom_mask: jax.Array | None = None,
     *,
-    plan: residue_windows.NeighbourPlan | None = None,
+    plan: neighbour_plan.NeighbourPlan | None = None,
   ) -> AtomFeatureEncoderOutput:
     """Returns pooled residues, atoms and pairs.
 
@@ -513,7 +239,7 @@ class AtomFeatureEncoder(hk.Module):
     )
     checks.check_dtypes('integer', ref_space_uid=ref_space_uid, tok_idx=tok_idx)
     checks.check_dtypes('bool', atom_mask=atom_mask)
-    _check_heads(config.c_atom, config.num_head)
+    blocks_lib.check_heads(config.c_atom, config.num_head)
     n_atom, n_token = dims['n_atom'], dims['n_token']
     group = n_atom // max(n_token, 1)
     if not group or n_atom % group:
@@ -522,7 +248,8 @@ class AtomFeatureEncoder(hk.Module):
         f"(n_token={n_token} from 's_input'), which must be at least 1 and "
         f'divide n_atom, got n_atom={n_atom}'
       )
-    tok = _shared_tokens(tok_idx, n_token, batch)
+    tok_idx = _check_tokens(tok_idx, n_token)
+    tok = tok_idx[0] if batch else tok_idx
     dtype = s_input.dtype
     ref_pos, r_scaled = map(numerics.at_least_float32, (ref_pos, r_scaled))
     ref_element = numerics.at_least_float32(ref_element)
@@ -543,19 +270,19 @@ class AtomFeatureEncoder(hk.Module):
       [x.reshape(*batch, n_atom // group, -1) for x in (ref_pos, ref_element)],
       -1,
     )
-    c_group = _exact_linear('proj_fref_c', config.c_atom)(features)
+    c_group = blocks_lib.exact_linear('proj_fref_c', config.c_atom)(features)
     c_skip = to_atoms(c_group)
 
     # Steps 5 to 11, in factors. Only differences of positions matter, so that
     # the centre is taken out: exact far from the origin.
     centre = jnp.sum(ref_pos, -2, keepdims=True) / count
     ref_pos = ref_pos - jax.lax.stop_gradient(centre)
-    position = _exact_linear('proj_d_vec', config.c_pair)(ref_pos)
+    position = blocks_lib.exact_linear('proj_d_vec', config.c_pair)(ref_pos)
     hidden = jax.nn.relu(c_group)
     own = LinearNoBias(config.c_pair, name='proj_cl_pair')(hidden)
     other = LinearNoBias(config.c_pair, name='proj_cm_pair')(hidden)
     constant, inverse_square = (
-      _linear_weights(name, 1, config.c_pair, hidden.dtype)[0]
+      blocks_lib.linear_weights(name, 1, config.c_pair, hidden.dtype)[0]
       for name in ('proj_v', 'proj_inv_sq')
     )
     skip = residue_windows.PairSkip(
@@ -568,14 +295,16 @@ class AtomFeatureEncoder(hk.Module):
     )
 
     # Steps 12 and 13; c is the same for all atoms of a residue.
-    q = c_skip + _exact_linear('proj_r_scaled', config.c_atom)(r_scaled)
+    q = c_skip + blocks_lib.exact_linear('proj_r_scaled', config.c_atom)(
+      r_scaled
+    )
     single = hm.LayerNorm(name='norm_s_init')(s_input)
     single = LinearNoBias(config.c_atom, name='proj_s_init')(single)
     c_token = c_group[..., :n_token, :].astype(dtype) + single
 
     # Steps 14 to 16.
     neighbours = _neighbours(config, tok, plan, config.max_neighbours)
-    if not isinstance(neighbours, residue_windows.NeighbourPlan):
+    if not isinstance(neighbours, neighbour_plan.NeighbourPlan):
       skip = skip.dense(*neighbours)
     q, _ = _transform_atoms(
       config,
@@ -664,7 +393,7 @@ class AtomAttentionDecoder(hk.Module):
     tok_idx: Any,
     atom_mask: jax.Array | None = None,
     *,
-    plan: residue_windows.NeighbourPlan | None = None,
+    plan: neighbour_plan.NeighbourPlan | None = None,
     return_pair: bool | None = None,
   ) -> AtomAttentionDecoderOutput:
     """Returns atoms, pairs, the update of positions, and the next context.
@@ -729,8 +458,9 @@ class AtomAttentionDecoder(hk.Module):
     checks.check_dtypes('integer', tok_idx=tok_idx)
     checks.check_dtypes('bool', atom_mask=atom_mask)
     c_atom = np.shape(q_skip)[-1]
-    _check_heads(c_atom, config.num_head)
-    tok = _shared_tokens(tok_idx, n_token, batch)
+    blocks_lib.check_heads(c_atom, config.num_head)
+    tok_idx = _check_tokens(tok_idx, n_token)
+    tok = tok_idx[0] if batch else tok_idx
     if return_pair is None:
       return_pair = not separable
 
@@ -747,7 +477,7 @@ class AtomAttentionDecoder(hk.Module):
     if not separable:
       max_neighbours = np.shape(p_skip)[-2]
     neighbours = _neighbours(config, tok, plan, max_neighbours)
-    if separable and not isinstance(neighbours, residue_windows.NeighbourPlan):
+    if separable and not isinstance(neighbours, neighbour_plan.NeighbourPlan):
       p_skip = p_skip.dense(*neighbours)
     q, p = _transform_atoms(
       config,
@@ -764,42 +494,13 @@ class AtomAttentionDecoder(hk.Module):
 
     # Step 5.
     r_update = numerics.at_least_float32(hm.LayerNorm(name='norm_q_out')(q))
-    r_update = _exact_linear('proj_r', 3)(r_update)
+    r_update = blocks_lib.exact_linear('proj_r', 3)(r_update)
     if atom_mask is not None:
       r_update = jnp.where(jnp.asarray(atom_mask)[..., None], r_update, 0)
 
     # Step 6.
     c_out = from_single('norm_s_c', 'proj_s_c') + c_skip
     return AtomAttentionDecoderOutput(q, p, r_update, c_out)
-
-
-def transform_atom_transformer(
-  config: AtomTransformerConfig | None = None,
-) -> hk.Transformed:
-  """Pure functions of the atom transformer.
-
-    >>> init, apply = transform_atom_transformer()
-    >>> tok_idx = np.repeat(np.arange(6), 5)
-    >>> neighbours, valid = build_sparse_pairs(tok_idx, 4)
-    >>> q = c = jnp.ones((30, 16))
-    >>> p = jnp.ones((*neighbours.shape, 2))
-    >>> params = init(jax.random.key(0), q, c, p, neighbours, valid)
-    >>> jax.jit(apply)(params, q, c, p, neighbours, valid).shape
-    (30, 16)
-
-  Args:
-    config: sizes; None takes the published ones (3 blocks, 4 heads).
-
-  Returns:
-    `init(key, q, c, p, neighbor_idx, valid_mask)` and `apply(params, ...)` with
-    the same arguments; shapes as in `AtomTransformerBlock`.
-  """
-  config = config or AtomTransformerConfig()
-
-  def forward(q, c, p, neighbor_idx, valid_mask):
-    return AtomTransformer(config)(q, c, p, neighbor_idx, valid_mask)
-
-  return hk.without_apply_rng(hk.transform(forward))
 
 
 def transform_atom_feature_encoder(
@@ -817,7 +518,7 @@ def transform_atom_feature_encoder(
     ...   's_input': jnp.ones((6, 8)),
     ...   'z_input': jnp.ones((6, 6, 8)),
     ...   'r_scaled': jnp.ones((30, 3)),
-    ...   'plan': residue_windows.plan_neighbours(tok_idx),
+    ...   'plan': neighbour_plan.plan_neighbours(tok_idx),
     ... }
     >>> params = init(jax.random.key(0), **inputs, tok_idx=tok_idx)
     >>> out = jax.jit(apply)(params, **inputs, tok_idx=tok_idx)
@@ -877,22 +578,22 @@ def transform_atom_attention_decoder(
 
 
 _Config = AtomFeatureEncoderConfig | AtomAttentionDecoderConfig
-_Neighbours = residue_windows.NeighbourPlan | tuple[Any, Any]
+_Neighbours = neighbour_plan.NeighbourPlan | tuple[Any, Any]
 
 
-def _shared_tokens(tok_idx: Any, n_token: int, batch: tuple[int, ...]) -> Any:
-  """The indices that serve all items, checked where that is possible."""
+def _check_tokens(tok_idx: Any, n_token: int) -> Any:
+  """Checks indices where that is possible; int32 on the host or traced."""
   if not checks.is_concrete(tok_idx):
-    return tok_idx[0] if batch else tok_idx
+    return tok_idx
   tok_idx = np.asarray(tok_idx)
   checks.validate_segment_ids(tok_idx.reshape(-1), n_token, name='tok_idx')
-  return tok_idx[0] if batch else tok_idx
+  return tok_idx.astype(np.int32)
 
 
 def _neighbours(
   config: _Config,
   tok: Any,
-  plan: residue_windows.NeighbourPlan | None,
+  plan: neighbour_plan.NeighbourPlan | None,
   max_neighbours: int | None,
 ) -> _Neighbours:
   """The given plan, one made here, or upstream's index lists."""
@@ -910,7 +611,7 @@ def _neighbours(
     if implementation is None and np.any(np.diff(tok) < 0):
       implementation = 'dense'
     if implementation != 'dense':
-      return residue_windows.plan_neighbours(tok, config.window_size)
+      return neighbour_plan.plan_neighbours(tok, config.window_size)
   elif implementation == 'lean':
     raise ValueError(
       "plan: needed by implementation='lean' where tok_idx is traced; make it "
@@ -949,7 +650,7 @@ def _transform_atoms(
   """
   if atom_mask is not None:
     atom_mask = jnp.asarray(atom_mask)
-  if isinstance(neighbours, residue_windows.NeighbourPlan):
+  if isinstance(neighbours, neighbour_plan.NeighbourPlan):
     q, p = _lean_transform(
       config,
       neighbours,
@@ -1016,7 +717,7 @@ def _dense_transform(
 
 def _lean_transform(
   config: _Config,
-  plan: residue_windows.NeighbourPlan,
+  plan: neighbour_plan.NeighbourPlan,
   arrays: tuple[Any, ...],
   *,
   names: tuple[str, str],
@@ -1030,10 +731,10 @@ def _lean_transform(
   else:
     c_pair = np.shape(p_skip)[-1]
   weights = residue_windows.PairWeights(
-    norm_z=_norm_weights(names[0], c_z, dtype),
-    proj_z=_linear_weights(names[1], c_z, c_pair, dtype),
+    norm_z=blocks_lib.norm_weights(names[0], c_z, dtype),
+    proj_z=blocks_lib.linear_weights(names[1], c_z, c_pair, dtype),
     mlp=tuple(
-      _linear_weights(f'mlp_p_{layer}', c_pair, c_pair, dtype)
+      blocks_lib.linear_weights(f'mlp_p_{layer}', c_pair, c_pair, dtype)
       for layer in _MLP_LAYERS
     ),
   )
@@ -1069,37 +770,3 @@ def _lean_transform(
   if jax.default_backend() == 'cpu':
     return jax.lax.map(one, arrays)
   return jax.vmap(one)(arrays)
-
-
-def _check_heads(c_atom: int, num_head: int) -> None:
-  if num_head < 1 or c_atom % num_head:
-    raise ValueError(
-      f'q: c_atom={c_atom} must be divisible by num_head={num_head}'
-    )
-
-
-def _exact_linear(name: str, num_output: int) -> LinearNoBias:
-  """For coordinates, which must not pass through TF32 or bfloat16 units."""
-  return LinearNoBias(num_output, precision='highest', name=name)
-
-
-def _linear_weights(
-  name: str, num_input: int, num_output: int, dtype: Any
-) -> jax.Array:
-  """What `LinearNoBias(num_output, name=name)` reads."""
-  with hk.name_scope(name):
-    return hk.get_parameter(
-      'weights',
-      (num_input, num_output),
-      dtype,
-      hm.initializer('torch', num_input),
-    )
-
-
-def _norm_weights(name: str, size: int, dtype: Any) -> residue_windows.Norm:
-  """What `LayerNorm(name=name)` reads."""
-  with hk.name_scope(name):
-    return residue_windows.Norm(
-      hk.get_parameter('scale', (size,), dtype, jnp.ones),
-      hk.get_parameter('offset', (size,), dtype, jnp.zeros),
-    )

@@ -852,7 +852,8 @@ class DDiTBlock(hk.Module):
       rotate_half(qkv[:, 1]),
       qkv[:, 2],
       mask,
-      drop=lambda x: drop(0, x) if style.inner_dropout else x,
+      rate=config.dropout if style.inner_dropout else 0.0,
+      dropout_key=keys[0],
     )
     update = hm.Linear(
       c_hidden,
@@ -933,7 +934,8 @@ class CrossAttention(hk.Module):
       heads('k_proj', hm.LayerNorm(name='norm_kv')(context)),
       heads('v_proj', context),
       context_mask,
-      drop=lambda x: _dropout(keys[0], config.dropout, x),
+      rate=config.dropout,
+      dropout_key=keys[0],
     ).reshape(x.shape)
     if config.variant == 'seed':
       return _dropout(keys[1], config.dropout, attended)
@@ -1159,20 +1161,39 @@ def gelu(x: jax.Array, *, approximate: bool) -> jax.Array:
   return 0.5 * x * (1 + jax.lax.erf(x * np.sqrt(0.5).astype(x.dtype)))
 
 
+# From so many logits per head on, one head at a time is faster on CPU, where
+# they then stay in cache, and its backward pass computes them again.
+_LARGE = 2**14
+
+
 def _attend(
   q: jax.Array,
   k: jax.Array,
   v: jax.Array,
   mask: jax.Array | None,
   *,
-  drop: Callable[[jax.Array], jax.Array],
+  rate: float = 0.0,
+  dropout_key: jax.Array | None = None,
 ) -> jax.Array:
   """[n, n_head, d] queries over [m, n_head, d] keys; 0 if all are masked."""
-  logits = jnp.einsum(
-    'nhd,mhd->hnm', numerics.at_least_float32(q), numerics.at_least_float32(k)
-  )
-  weights = drop(numerics.masked_softmax(logits * q.shape[-1] ** -0.5, mask))
-  return jnp.einsum('hnm,mhd->nhd', weights.astype(v.dtype), v)
+  keys = None
+  if dropout_key is not None:
+    keys = jax.random.split(dropout_key, q.shape[1])
+  # Heads in front.
+  heads = *(jnp.moveaxis(x, 1, 0) for x in (q, k, v)), keys
+
+  def one(head):
+    q, k, v, key = head
+    logits = numerics.at_least_float32(q) @ numerics.at_least_float32(k).T
+    weights = numerics.masked_softmax(logits * q.shape[-1] ** -0.5, mask)
+    return _dropout(key, rate, weights).astype(v.dtype) @ v
+
+  is_large = len(q) * len(k) >= _LARGE and jax.default_backend() == 'cpu'
+  if is_large:
+    attended = jax.lax.map(jax.checkpoint(one, prevent_cse=False), heads)
+  else:
+    attended = jax.vmap(one)(heads)
+  return jnp.moveaxis(attended, 0, 1)
 
 
 def _if_any(mask: jax.Array | None, update: jax.Array) -> jax.Array:

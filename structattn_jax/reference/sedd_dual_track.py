@@ -6,6 +6,7 @@ Parameters carry torch's names (weights [out, in]) without prefixes; `variant`
 
 from collections.abc import Mapping, Sequence
 from math import erf
+from typing import Any
 
 import numpy as np
 
@@ -180,3 +181,139 @@ def dual_track(
     )
     protein, ligand = new_protein, new_ligand
   return protein, ligand
+
+
+def final_layer(
+  params: Params, x: np.ndarray, condition: np.ndarray
+) -> np.ndarray:
+  """[n, V] logits (`adaLN_modulation`, `norm_final`, `linear`)."""
+  shift, scale = np.split(_linear(params, 'adaLN_modulation', condition), 2)
+  h = _norm(params, 'norm_final', x) * (1 + scale) + shift
+  return _linear(params, 'linear', h)
+
+
+def one_track(
+  layers: Sequence[Params],
+  x: np.ndarray,
+  condition: np.ndarray,
+  mask: np.ndarray | None,
+  context: np.ndarray | None = None,
+  context_mask: np.ndarray | None = None,
+  **options: Any,
+) -> np.ndarray:
+  """One track through `layers`, all reading the same context if any."""
+  for layer in layers:
+    x = ddit_block(layer, x, condition, mask, context, context_mask, **options)
+  return x
+
+
+def mode_states(
+  layers: Mapping[str, Sequence[Params]],
+  x: Mapping[str, np.ndarray],
+  condition: np.ndarray,
+  masks: Mapping[str, np.ndarray | None],
+  mode: str,
+  **options: Any,
+) -> dict[str, np.ndarray]:
+  """States of the generated tracks in a mode; dictionaries by track."""
+  if mode == 'joint':
+    states = dual_track(
+      layers['protein'],
+      layers['ligand'],
+      x['protein'],
+      x['ligand'],
+      condition,
+      masks['protein'],
+      masks['ligand'],
+      **options,
+    )
+    return dict(zip(('protein', 'ligand'), states, strict=True))
+  target, _, context = mode.partition('_given_')
+  target = target.removesuffix('_only')
+  read, read_mask = None, None
+  if context:
+    half = len(layers[context]) // 2
+    read_mask = masks[context]
+    read = one_track(
+      layers[context][:half], x[context], condition, read_mask, **options
+    )
+  state = one_track(
+    layers[target],
+    x[target],
+    condition,
+    masks[target],
+    read,
+    read_mask,
+    **options,
+  )
+  return {target: state}
+
+
+def log_score(
+  logits: np.ndarray, tokens: np.ndarray, sigma: float
+) -> np.ndarray:
+  """Logits scaled by sigma, zero at the tokens themselves (absorbing)."""
+  score = logits - np.log(np.expm1(sigma)) - np.log(logits.shape[-1] - 1)
+  score[np.arange(len(tokens)), tokens] = 0
+  return score
+
+
+def sedd_block(
+  params: Params,
+  x: np.ndarray,
+  condition: np.ndarray,
+  mask: np.ndarray | None,
+  *,
+  num_head: int,
+  variant: str,
+) -> np.ndarray:
+  """One block of the single track: gates, norms without offset."""
+  shift1, scale1, gate1, shift2, scale2, gate2 = np.split(
+    _linear(params, 'adaLN_modulation', condition), 6
+  )
+  h = numerics.layer_norm(x, params['norm1.weight'])
+  qkv = _linear(params, 'attn_qkv', h * (1 + scale1) + shift1)
+  q, k, v = qkv.reshape(len(x), 3, num_head, -1).swapaxes(0, 1)
+  attended = _attend(rotate(q), rotate(k), v, mask)
+  x = x + gate1 * _linear(params, 'attn_out', attended.reshape(x.shape))
+  h = numerics.layer_norm(x, params['norm2.weight'])
+  h = _linear(params, 'mlp.0', h * (1 + scale2) + shift2)
+  if variant == 'sedd':
+    inner = np.sqrt(2 / np.pi) * (h + 0.044715 * h**3)
+    h = 0.5 * h * (1 + np.tanh(inner))
+  else:
+    h = 0.5 * h * (1 + np.vectorize(erf)(h / np.sqrt(2)))
+  return x + gate2 * _linear(params, 'mlp.2', h)
+
+
+def sedd(
+  params: Params,
+  layers: Sequence[Params],
+  tokens: np.ndarray,
+  sigma: float,
+  mask: np.ndarray | None = None,
+  *,
+  num_head: int,
+  variant: str = 'sedd',
+) -> np.ndarray:
+  """Logits [n, V] of the single track.
+
+  `params` has `vocab_embed.embedding`, `sigma_map....` and `output_layer....`.
+  """
+
+  def silu(x: np.ndarray) -> np.ndarray:
+    return x / (1 + np.exp(-x))
+
+  x = params['vocab_embed.embedding'][tokens]
+  hidden = _linear(params, 'sigma_map.mlp.0', timestep_embedding(sigma))
+  condition = _linear(params, 'sigma_map.mlp.2', silu(hidden))
+  if variant == 'sedd':
+    condition = silu(condition)
+  for layer in layers:
+    x = sedd_block(
+      layer, x, condition, mask, num_head=num_head, variant=variant
+    )
+  modulation = _linear(params, 'output_layer.adaLN_modulation', condition)
+  shift, scale = np.split(modulation, 2)
+  h = numerics.layer_norm(x, params['output_layer.norm_final.weight'])
+  return _linear(params, 'output_layer.linear', h * (1 + scale) + shift)

@@ -20,7 +20,7 @@ _TOKEN_ACT = 'decoder_token_act'
 
 def encoder_decoder(golden: Golden) -> Iterator[Comparison]:
   """All outputs and gradients of the encoder and, where there, the decoder."""
-  inputs = golden.part('inputs')
+  inputs: dict[str, Any] = golden.part('inputs')
   scope, name, params = _scope(golden)
   batch = atom_layout.DenseBatch.from_batch(inputs)
   floats = {x: inputs[x] for x in (*_ARGUMENTS, _TOKEN_ACT) if x in inputs}
@@ -91,7 +91,7 @@ def encoder_decoder(golden: Golden) -> Iterator[Comparison]:
 
 def token_transformer(golden: Golden) -> Iterator[Comparison]:
   """The transformer over tokens, with or without a pair."""
-  inputs = golden.part('inputs')
+  inputs: dict[str, Any] = golden.part('inputs')
   params = golden_lib.haiku_params(golden.part('params'))
   path = next(iter(params)).partition('/__layer_stack')[0]
   path = path.removesuffix('/pair_input_layer_norm')
@@ -114,7 +114,7 @@ def token_transformer(golden: Golden) -> Iterator[Comparison]:
 
 def blocks(golden: Golden) -> Iterator[Comparison]:
   """The parts of the transformers one by one."""
-  inputs = golden.part('inputs')
+  inputs: dict[str, Any] = golden.part('inputs')
   params = golden_lib.haiku_params(golden.part('params'))
   x_q, x_k = inputs['x_q'], inputs['x_k']
   cond_q, cond_k = inputs['cond_q'], inputs['cond_k']

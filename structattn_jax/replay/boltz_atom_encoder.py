@@ -25,7 +25,14 @@ _ROOTS = re.compile(
 _COPY = re.compile(r'layers\.\d+\.output_projection\.0\.')
 _STRIDED = re.compile(r'(.*)__s(\d+)x(\d+)')
 # Upstream's features; the other inputs are arguments.
-_FLOATS = ('s_trunk', 'z', 'z_trunk', 'relative_position_encoding', 'r', 'a_dec')
+_FLOATS = (
+  's_trunk',
+  'z',
+  'z_trunk',
+  'relative_position_encoding',
+  'r',
+  'a_dec',
+)
 _FLAGS = (
   'use_no_atom_char',
   'use_atom_backbone_feat',
@@ -57,7 +64,7 @@ def encoder_decoder(golden: Golden) -> Iterator[Comparison]:
   found = {**found, **pairs(config, params, features, floats)}
   if 'keys_probe' in inputs:
     probe = jax.vmap(windows.key_windows, (0, None, None))(
-      inputs['keys_probe'],
+      jnp.asarray(inputs['keys_probe']),
       config.atoms_per_window_queries,
       config.atoms_per_window_keys,
     )
@@ -94,9 +101,9 @@ def encoder_decoder(golden: Golden) -> Iterator[Comparison]:
 
 def outputs(
   config: boltz.Config,
-  params: pm.Params,
+  params: Any,
   features: boltz.BoltzAtomFeatures,
-  floats: Mapping[str, jax.Array],
+  floats: Mapping[str, Any],
 ) -> dict[str, jax.Array]:
   """Upstream's outputs for a batch of complexes, by the lean functions.
 
@@ -116,6 +123,7 @@ def outputs(
   pair = floats.get('z')
   if 'z_trunk' in floats:
     own = pm.below(params, 'diffusion_conditioning/')
+    token_layers = [x for x in own if re.fullmatch(r'token_trans.*_0', x)]
     pair = conditioning.pairwise_conditioning(
       pm.below(own, 'pairwise_conditioner/'),
       floats['z_trunk'],
@@ -124,7 +132,7 @@ def outputs(
     found['z_cond'] = pair
     token_bias = [
       bt.pair_bias(own, f'token_trans_proj_z_{i}', pair)
-      for i in range(config.token_transformer_depth)
+      for i in range(len(token_layers))
     ]
     found['token_trans_bias'] = jnp.concatenate(token_bias, -1)
   context = jax.vmap(precompute, (None, 0, 0, 0))(
@@ -164,9 +172,9 @@ def outputs(
 
 def pairs(
   config: boltz.Config,
-  params: pm.Params,
+  params: Any,
   features: boltz.BoltzAtomFeatures,
-  floats: Mapping[str, jax.Array],
+  floats: Mapping[str, Any],
 ) -> dict[str, jax.Array]:
   """The atom pair, `p`, which the lean functions never hold."""
   own = boltz.embedding_parameters(config, params)
@@ -263,9 +271,9 @@ def blocks(golden: Golden) -> Iterator[Comparison]:
 
 def haiku_params(
   state: Mapping[str, np.ndarray],
-) -> dict[str, dict[str, np.ndarray]]:
+) -> dict[str, dict[str, Any]]:
   """A state dict of either version as our parameters, without prefix."""
-  params: dict[str, dict[str, np.ndarray]] = {}
+  params: dict[str, dict[str, Any]] = {}
   for name, value in state.items():
     if _COPY.search(name):
       continue

@@ -233,7 +233,8 @@ def _compare(
     return out, gradients
 
   # Two channels make LayerNorm of the pair nearly a sign.
-  is_sign = golden.meta['config'].get('c_atompair') == 2
+  names = golden.meta['config']
+  is_sign = names.get('c_atompair', names.get('d')) == 2
   most = 5e-6 if is_sign else golden_lib.MOST
   out, gradients = run(params, floats)
   for name in golden.outputs():
@@ -244,11 +245,12 @@ def _compare(
   for module, (scope, prefix) in modules.items():
     own = systems.torch_names(gradients[0][module], scope)
     found |= {f'grads/params/{prefix}{name}': x for name, x in own.items()}
-  # Upstream's own float32 loses what these allow: 3e-6 of the largest value of
-  # a gradient, times ten with coordinates of 40 angstrom.
+  # Upstream's own float32 loses 3e-6 of the largest value of a gradient, and
+  # ten times that with coordinates of 40 angstrom.
   reach = np.abs(inputs.get('ref_pos', np.zeros(1))).max(initial=0)
-  floor = 1e-3 if is_sign else golden_lib.GRADIENT_FLOOR * max(1.0, reach / 3)
+  floor = golden_lib.GRADIENT_FLOOR * float(np.clip(reach / 3, 1, 10))
+  floor = 1e-3 if is_sign else floor
   for name in golden.arrays:
     if name.startswith('grads/'):
       compared = golden.gradient(name, found[name])
-      yield dataclasses.replace(compared, floor=float(floor))
+      yield dataclasses.replace(compared, floor=floor)

@@ -1,6 +1,6 @@
 """Training of the protein-ligand diffusion model, from data to checkpoints.
 
-  result = train(TrainConfig.from_toml('configs/...toml'), 'runs/name')
+  result = train(TrainConfig.from_toml('configs/...toml'), 'out/name')
 
 Needs the extra `train` (orbax, tqdm). `state` and `step` are of use to any
 model: optimiser, moving average and data parallelism for a loss function.

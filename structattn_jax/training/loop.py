@@ -104,8 +104,8 @@ def train(
 ) -> TrainResult:
   """Trains a dual-track model, or goes on with a run that was stopped.
 
-    >>> config = TrainConfig.from_toml('configs/sedd_protein_ligand_small.toml')
-    >>> train(config, 'runs/small')  # doctest: +SKIP
+    >>> config = config_lib.TrainConfig(steps=1000, batch_size=8)
+    >>> train(config, 'out/small')  # doctest: +SKIP
 
   SIGTERM and SIGINT end the run after the present step, with a checkpoint. In
   a run of several processes (`jax.distributed`) every process makes this call;

@@ -153,5 +153,5 @@ def test_command_unknown_section_names_the_choices(capsys):
   with pytest.raises(SystemExit):
     command.main(['fold'])
   assert (
-    'expected one of segment, ipa, structure_module' in capsys.readouterr().err
+    'expected one of segment, ipa, structure_module, ' in capsys.readouterr().err
   )

@@ -1,0 +1,228 @@
+"""Windows of neighbouring atoms for blocks of query atoms, made on the host.
+
+Atoms sorted by token whose window is a range of tokens have neighbours that are
+a range of atoms; so have blocks of consecutive atoms. A plan says where the
+blocks and their windows start. `kernels/residue_windows.py` works through it.
+"""
+
+import bisect
+import dataclasses
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from structattn_jax.common import checks
+
+# Query atoms per step. On CPU the pair tensor of a block then stays in cache;
+# accelerators want more work per step (not measured).
+_CPU_BLOCK, _ACCELERATOR_BLOCK = 16, 64
+
+
+class PlanSizes(NamedTuple):
+  """The static sizes of a `NeighbourPlan`.
+
+  Attributes:
+    n_block: query blocks.
+    n_query: atoms per query block.
+    n_key: atoms of a window.
+    n_query_token: tokens that a query block spans.
+    n_key_token: tokens that a window spans.
+    n_nbr: largest number of neighbours of an atom.
+  """
+
+  n_block: int
+  n_query: int
+  n_key: int
+  n_query_token: int
+  n_key_token: int
+  n_nbr: int
+
+  def union(self, *others: 'PlanSizes') -> 'PlanSizes':
+    """The smallest sizes that hold all of these plans."""
+    return PlanSizes(*map(max, zip(self, *others, strict=True)))
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=[
+    'atom_start',
+    'key_start',
+    'query_token_start',
+    'key_token_start',
+    'query_token',
+    'key_token',
+    'low',
+    'high',
+    'row',
+  ],
+  meta_fields=['sizes'],
+)
+@dataclasses.dataclass(frozen=True)
+class NeighbourPlan:
+  """Windows of neighbours for blocks of query atoms, from `plan_neighbours`.
+
+  Only `sizes` is static: index vectors of the same length whose plans have the
+  same sizes share one compilation.
+
+  Attributes:
+    atom_start: [n_block] int32, first atom of each block.
+    key_start: [n_block] int32, first atom of its window.
+    query_token_start: [n_block] int32, first token of the block.
+    key_token_start: [n_block] int32, first token of the window.
+    query_token: [n_block, n_query] int32, tokens of the rows, from the first.
+    key_token: [n_block, n_key] int32, tokens of the slots, from the first.
+    low: [n_block, n_query] int32, first slot of each row's neighbours.
+    high: [n_block, n_query] int32, the slot after the last.
+    row: [n_atom] int32, where each atom is among all rows.
+    sizes: the static sizes.
+  """
+
+  atom_start: jax.Array
+  key_start: jax.Array
+  query_token_start: jax.Array
+  key_token_start: jax.Array
+  query_token: jax.Array
+  key_token: jax.Array
+  low: jax.Array
+  high: jax.Array
+  row: jax.Array
+  sizes: PlanSizes
+
+
+def plan_neighbours(
+  tok_idx: Any,
+  window_size: int = 32,
+  *,
+  query_block: int | None = None,
+  sizes: PlanSizes | None = None,
+) -> NeighbourPlan:
+  """Plans the windows of atoms sorted by token, on the host.
+
+  Blocks consist of whole tokens where these are small enough, so that no token
+  pair is read twice.
+
+    >>> plan = plan_neighbours(np.repeat(np.arange(40), 5), window_size=8)
+    >>> plan.sizes.n_query, plan.sizes.n_key, plan.sizes.n_nbr
+    (15, 45, 35)
+
+  For several proteins with one compilation, pad `tok_idx` to one length (with
+  an `atom_mask`) and give all plans the same sizes:
+
+    >>> tokens = [np.repeat(np.arange(20), 5), np.arange(100) // 6]
+    >>> first, *others = [plan_neighbours(t, 8).sizes for t in tokens]
+    >>> sizes = first.union(*others)
+    >>> plans = [plan_neighbours(t, 8, sizes=sizes) for t in tokens]
+
+  Args:
+    tok_idx: [n_atom] integer, concrete, never decreasing; gaps are allowed.
+    window_size: span of the window in residues, as in `build_sparse_pairs`.
+    query_block: atoms per block at most; None means 16 on CPU and 64 on
+      accelerators.
+    sizes: sizes to pad to; None takes the smallest.
+
+  Returns:
+    The plan.
+
+  Raises:
+    ValueError: if `tok_idx` is traced, not a vector, empty or not sorted, or if
+      `sizes` are too small; the message says the number needed.
+    TypeError: if `tok_idx` does not hold integers.
+  """
+  checks.check_shapes(tok_idx=(tok_idx, 'n_atom'))
+  checks.check_dtypes('integer', tok_idx=tok_idx)
+  if not checks.is_concrete(tok_idx):
+    raise ValueError('tok_idx: plan_neighbours runs on the host, got a tracer')
+  tok = np.asarray(tok_idx).astype(np.int64)
+  n_atom = len(tok)
+  if not n_atom:
+    raise ValueError('tok_idx: expected at least one atom, got none')
+  if window_size < 0:
+    raise ValueError(f'window_size: expected at least 0, got {window_size}')
+  checks.validate_sorted(tok, name='tok_idx')
+  if query_block is None:
+    on_cpu = jax.default_backend() == 'cpu'
+    query_block = _CPU_BLOCK if on_cpu else _ACCELERATOR_BLOCK
+  if query_block < 1:
+    raise ValueError(f'query_block: expected at least 1, got {query_block}')
+
+  half = window_size // 2
+  low = np.searchsorted(tok, tok - half, side='right')
+  high = np.maximum(np.searchsorted(tok, tok + half, side='left'), low)
+  starts = _block_starts(tok, query_block)
+  ends = np.append(starts[1:], n_atom)
+  key_starts, key_ends = low[starts], high[ends - 1]
+
+  def span(first: np.ndarray, last: np.ndarray) -> int:
+    return int((tok[last] - tok[first]).max()) + 1
+
+  needed = PlanSizes(
+    n_block=len(starts),
+    n_query=int((ends - starts).max()),
+    n_key=max(int((key_ends - key_starts).max()), 1),
+    n_query_token=span(starts, ends - 1),
+    n_key_token=span(key_starts.clip(max=n_atom - 1), (key_ends - 1).clip(0)),
+    n_nbr=int((high - low).max()),
+  )
+  sizes = needed if sizes is None else sizes
+  for name, need, given in zip(sizes._fields, needed, sizes, strict=True):
+    if given < need:
+      raise ValueError(
+        f'sizes: {name}={given} is too small; give {name}={need} or more'
+      )
+  if max(sizes.n_query, sizes.n_key) > n_atom:
+    raise ValueError(
+      f'sizes: n_query={sizes.n_query} and n_key={sizes.n_key} must not exceed '
+      f'n_atom={n_atom}; pad tok_idx'
+    )
+
+  # Padding blocks repeat the last one and own no row.
+  row_block = np.repeat(np.arange(len(starts)), ends - starts)
+  starts = np.pad(starts, (0, sizes.n_block - len(starts)), mode='edge')
+  # Slices that would reach beyond the end start earlier.
+  atom_start = np.minimum(starts, n_atom - sizes.n_query)
+  key_start = np.minimum(low[starts], n_atom - sizes.n_key)
+  rows = atom_start[:, None] + np.arange(sizes.n_query)
+  slots = key_start[:, None] + np.arange(sizes.n_key)
+
+  def rectangle(first: np.ndarray, atoms: np.ndarray, n_token: int) -> Any:
+    start = np.minimum(tok[first], max(int(tok[-1]) + 1 - n_token, 0))
+    return start, np.clip(tok[atoms] - start[:, None], 0, n_token - 1)
+
+  query_token_start, query_token = rectangle(starts, rows, sizes.n_query_token)
+  first_keys = low[starts].clip(max=n_atom - 1)
+  key_token_start, key_token = rectangle(first_keys, slots, sizes.n_key_token)
+  arrays = {
+    'atom_start': atom_start,
+    'key_start': key_start,
+    'query_token_start': query_token_start,
+    'key_token_start': key_token_start,
+    'query_token': query_token,
+    'key_token': key_token,
+    'low': low[rows] - key_start[:, None],
+    'high': high[rows] - key_start[:, None],
+    'row': row_block * sizes.n_query
+    + np.arange(n_atom)
+    - atom_start[row_block],
+  }
+  narrow: dict[str, Any] = {
+    name: array.astype(np.int32) for name, array in arrays.items()
+  }
+  return NeighbourPlan(**narrow, sizes=sizes)
+
+
+def _block_starts(tok: np.ndarray, query_block: int) -> np.ndarray:
+  """First atoms of blocks of whole tokens, or of parts of a large token."""
+  n_atom = len(tok)
+  token_ends = [*(np.flatnonzero(np.diff(tok)) + 1).tolist(), n_atom]
+  tokens = tok.tolist()
+  starts, start = [], 0
+  while start < n_atom:
+    starts.append(start)
+    # Neither more atoms nor, where numbers are left out, a wider span.
+    limit = bisect.bisect_left(tokens, tokens[start] + query_block, start)
+    limit = min(limit, start + query_block)
+    end = token_ends[max(bisect.bisect_right(token_ends, limit) - 1, 0)]
+    start = end if start < end <= limit else limit
+  return np.asarray(starts)

@@ -6,8 +6,11 @@ from collections.abc import Sequence
 
 from structattn_jax.benchmark import (
   atom_cross_attention,
+  boltz,
   harness,
   ipa,
+  pallatom,
+  sedd,
   segment,
   structure_module,
 )
@@ -17,6 +20,9 @@ SECTIONS = {
   'ipa': ipa,
   'structure_module': structure_module,
   'atom_cross_attention': atom_cross_attention,
+  'boltz': boltz,
+  'sedd': sedd,
+  'pallatom': pallatom,
 }
 
 

@@ -13,7 +13,7 @@ Default width (768 channels, 12 heads) or 256 channels, vocabularies of 37 and
 
 Everything runs on the cores that the process may use; pin it to one, as with
 `taskset -c 1`, for numbers like the published ones. The CPU time of a call is
-the least of its repeats. 'CPU / baseline' is what the ratios are about.
+the least of its repeats.
 """
 
 import dataclasses
@@ -165,7 +165,6 @@ def _compare(
       if repeat:  # The first warms up.
         wall[name].append(time.perf_counter() - wall_start)
         cpu[name].append(time.process_time() - cpu_start)
-  reference = min(cpu.get(baseline(), [0.0]))
   return [
     harness.Measurement(
       case=case,
@@ -177,7 +176,6 @@ def _compare(
       cpu_seconds=min(cpu[name]),
       calls=repeats,
       temp_bytes=candidate.temp_bytes,
-      note=f'CPU {reference / min(cpu[name]):.2f}x' if reference else '',
     )
     for name, candidate in candidates.items()
   ]
@@ -278,7 +276,7 @@ def forward(case: Case) -> dict[str, Candidate]:
   return found
 
 
-class _unrolled:  # noqa: N801
+class _unrolled:
   """Writes out the layers of networks traced within."""
 
   def __enter__(self) -> None:
@@ -366,7 +364,7 @@ def _sampling(
   lengths = {'protein': case.n_protein, 'ligand': case.n_ligand}
   tracks = network.tracks_of(mode)
   protein = batch_of(config, case)['protein'][:1]
-  context = {track: protein for track in tracks.context}
+  context = dict.fromkeys(tracks.context, protein)
   sizes = {
     track: (lengths[track], getattr(config, f'{track}_vocab'))
     for track in tracks.generated

@@ -287,7 +287,7 @@ def _token_pair(
   sizes = block.sizes
   rectangle = jax.lax.dynamic_slice(
     z,
-    (block.query_token_start, block.key_token_start, 0),
+    (block.query_token_start, block.key_token_start, jnp.int32(0)),
     (sizes.n_query_token, sizes.n_key_token, z.shape[-1]),
   )
   scale, offset = pair.norm_z

@@ -120,22 +120,22 @@ def atom_attention(
   row = _linear(own, 'c_to_p_trans_q_1', np.maximum(c, 0))
   column = _linear(own, 'c_to_p_trans_k_1', np.maximum(c, 0))
   p = np.zeros((n_window, n_query, n_key, row.shape[1]), np.float64)
-  for k, w, l in np.ndindex(*p.shape[:3]):
-    i, j = k * n_query + w, keys[k, l]
-    p[k, w, l] = row[i]
+  for at in np.ndindex(*p.shape[:3]):
+    i, j = at[0] * n_query + at[1], keys[at[0], at[2]]
+    p[at] = row[i]
     if j < 0:
       continue
-    p[k, w, l] += column[j]
-    if mask[i] and mask[j]:
-      if inputs['ref_space_uid'][i] == inputs['ref_space_uid'][j]:
-        d = inputs['ref_pos'][j] - inputs['ref_pos'][i]
-        p[k, w, l] += (
-          d @ own['embed_atompair_ref_pos']['weights']
-          + own['embed_atompair_ref_dist']['weights'][0] / (1 + d @ d)
-          + own['embed_atompair_mask']['weights'][0]
-        )
+    p[at] += column[j]
+    uid = inputs['ref_space_uid']
+    if mask[i] and mask[j] and uid[i] == uid[j]:
+      d = inputs['ref_pos'][j] - inputs['ref_pos'][i]
+      p[at] += (
+        d @ own['embed_atompair_ref_pos']['weights']
+        + own['embed_atompair_ref_dist']['weights'][0] / (1 + d @ d)
+        + own['embed_atompair_mask']['weights'][0]
+      )
     if z is not None and token[i] >= 0 and token[j] >= 0:
-      p[k, w, l] += z[token[i], token[j]]
+      p[at] += z[token[i], token[j]]
   hidden = p
   for i in (1, 3, 5):
     hidden = _linear(own, f'p_mlp_{i}', np.maximum(hidden, 0))
@@ -267,3 +267,44 @@ def _below(params: Params, scope: str) -> dict[str, Any]:
     for module, arrays in params.items()
     if module.startswith(scope)
   }
+
+
+def relative_position(
+  weights: np.ndarray,
+  asym_id: np.ndarray,
+  residue_index: np.ndarray,
+  entity_id: np.ndarray,
+  token_index: np.ndarray,
+  sym_id: np.ndarray,
+  cyclic_period: np.ndarray | None = None,
+  *,
+  r_max: int = 32,
+  s_max: int = 2,
+  same_chain_rule: str = 'chain',
+) -> np.ndarray:
+  """Relative positions of tokens, Alg. 3, pair by pair, with one-hot rows."""
+  n = len(asym_id)
+  n_bin, n_chain = 2 * r_max + 2, 2 * s_max + 2
+  out = np.zeros((n, n, weights.shape[1]), np.float64)
+  for i, j in np.ndindex(n, n):
+    d = int(residue_index[i]) - int(residue_index[j])
+    if cyclic_period is not None and (cyclic_period > 0).any():
+      period = int(cyclic_period[j]) if cyclic_period[j] > 0 else 10000
+      d = int(d - period * np.round(d / period))
+    chain = asym_id[i] == asym_id[j]
+    entity = entity_id[i] == entity_id[j]
+    residue = chain and residue_index[i] == residue_index[j]
+    copies = entity if same_chain_rule == 'entity' else not chain
+    token = int(token_index[i]) - int(token_index[j])
+    copy = int(sym_id[i]) - int(sym_id[j])
+    one_hot = np.zeros(len(weights), np.float64)
+    one_hot[_bin(d, r_max, chain)] = 1
+    one_hot[n_bin + _bin(token, r_max, residue)] = 1
+    one_hot[2 * n_bin] = entity
+    one_hot[len(weights) - n_chain + _bin(copy, s_max, copies)] = 1
+    out[i, j] = one_hot @ weights
+  return out
+
+
+def _bin(d: int, largest: int, defined: bool) -> int:
+  return min(max(d + largest, 0), 2 * largest) if defined else 2 * largest + 1

@@ -25,7 +25,7 @@ _ROOTS = re.compile(
 _COPY = re.compile(r'layers\.\d+\.output_projection\.0\.')
 _STRIDED = re.compile(r'(.*)__s(\d+)x(\d+)')
 # Upstream's features; the other inputs are arguments.
-_FLOATS = (
+FLOATS = (
   's_trunk',
   'z',
   'z_trunk',
@@ -43,11 +43,11 @@ _FLAGS = (
 
 def encoder_decoder(golden: Golden) -> Iterator[Comparison]:
   """Encoder and, where there is one, decoder, and all gradients."""
-  config = _config(golden)
+  config = config_of(golden)
   params = haiku_params(golden.part('params'))
   inputs = golden.part('inputs')
   features = stacked_features(inputs)
-  floats = {name: inputs[name] for name in _FLOATS if name in inputs}
+  floats = {name: inputs[name] for name in FLOATS if name in inputs}
   cotangents = {
     name.removeprefix('cotangent_'): value
     for name, value in inputs.items()
@@ -59,8 +59,12 @@ def encoder_decoder(golden: Golden) -> Iterator[Comparison]:
     terms = [jnp.sum(found[name] * x) for name, x in cotangents.items()]
     return sum(terms, jnp.zeros(())), found
 
-  run = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
-  (_, found), gradients = run(params, floats)
+  gradients: Any = None
+  if cotangents:
+    run = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+    (_, found), gradients = run(params, floats)
+  else:
+    _, found = jax.jit(loss)(params, floats)
   found = {**found, **pairs(config, params, features, floats)}
   if 'keys_probe' in inputs:
     probe = jax.vmap(windows.key_windows, (0, None, None))(
@@ -340,7 +344,7 @@ def stacked_features(inputs: Mapping[str, Any]) -> boltz.BoltzAtomFeatures:
   return jax.tree.map(lambda *x: np.stack(x), *items)
 
 
-def _config(golden: Golden) -> boltz.Config:
+def config_of(golden: Golden) -> boltz.Config:
   """The configuration, with what parameters say better."""
   meta = golden.meta['config']
   names = [name for name in golden.arrays if name.startswith('params/')]

@@ -469,16 +469,22 @@ def provenance(
 
 @contextlib.contextmanager
 def _stop_signal() -> Generator[threading.Event]:
-  """An event that SIGTERM and SIGINT set, instead of ending the process."""
+  """An event that SIGTERM and SIGINT set; a second signal interrupts."""
   event = threading.Event()
   if threading.current_thread() is not threading.main_thread():
     yield event  # Only the main thread may handle signals.
     return
+
+  def stop(*_: object) -> None:
+    if event.is_set():
+      raise KeyboardInterrupt
+    event.set()
+
   kinds = (signal.SIGTERM, signal.SIGINT)
   old = {kind: signal.getsignal(kind) for kind in kinds}
   try:
     for kind in kinds:
-      signal.signal(kind, lambda *_: event.set())
+      signal.signal(kind, stop)
     yield event
   finally:
     for kind, handler in old.items():

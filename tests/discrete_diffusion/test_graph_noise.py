@@ -152,7 +152,7 @@ def test_rate_is_the_derivative_of_the_noise(noise):
   slope = jax.vmap(jax.grad(noise.total))(t)
   np.testing.assert_allclose(noise.rate(t), slope, rtol=1e-9)
   # In NumPy and in JAX, in float32 and float64.
-  np.testing.assert_allclose(noise.total(np.asarray(t)), noise.total(t), 1e-14)
+  np.testing.assert_allclose(noise.total(np.asarray(t)), noise.total(t), 1e-13)
   single = noise.total(np.asarray(t, np.float32))
   assert single.dtype == np.float32
   np.testing.assert_allclose(single, noise.total(t), rtol=2e-6)

@@ -209,7 +209,7 @@ def joint_counts(tokens):
 
 
 def test_literal_sampler_with_exact_scores_draws_the_joint_distribution():
-  count, steps = 4000, 200
+  count, steps = 2000, 80
   shapes = {'protein': (2, 4), 'ligand': (1, 3)}
 
   @jax.jit
@@ -261,7 +261,7 @@ def closed_form(key, count, steps, **options):
 
 @pytest.mark.parametrize('time_free', [False, True])
 def test_sampler_with_exact_scores_draws_the_joint_distribution(time_free):
-  count, steps = 20_000, 200
+  count, steps = 2500, 80
   run = jax.jit(
     lambda key: closed_form(key, count, steps, time_free=time_free).tokens
   )
@@ -417,7 +417,7 @@ def test_single_track_and_uniform_graph():
   uniform = run(graph='uniform', noise=dd.GeometricNoise(), return_states=True)
   states = np.asarray(uniform.states[kernel.ONLY])
   assert states.shape == (6, 4, 5)
-  assert np.any(states[0] == 6)
+  assert len(np.unique(states[0])) > 4
   assert np.any(states[0] != states[-1])
 
 

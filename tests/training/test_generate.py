@@ -59,7 +59,9 @@ def test_stopped_train_command_has_its_own_status(
   real = training.train
 
   def stopped(*arguments, **options):
-    options['after_step'] = lambda step: os.kill(os.getpid(), signal.SIGTERM)
+    options['after_step'] = lambda step: (
+      os.kill(os.getpid(), signal.SIGTERM) if step == 1 else None
+    )
     return real(*arguments, **options)
 
   monkeypatch.setattr(training, 'train', stopped)

@@ -1,14 +1,20 @@
-"""Eight simulated devices, and two processes, against one device."""
+"""Eight devices, two processes, and killed processes against one that lives."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
 
 from structattn_jax import checkpoint, training
+
+# AdamW divides by the size of the gradient: where that is rounding noise alone,
+# a small eps makes steps of it.
+ROBUST = training.OptimizerConfig(learning_rate=1e-1, warmup=1, eps=1e-3)
 
 # Prints differences to one device after three steps, relative to how far the
 # parameters went: of the real loss on eight devices; of a loss without noise in
@@ -100,10 +106,7 @@ def finish(process):
 def test_eight_devices_give_the_steps_of_one(change, tmp_path):
   pytest.importorskip('orbax.checkpoint')
   config = tmp_path / 'config.toml'
-  # AdamW divides by the gradient's size: where it is rounding noise alone, a
-  # small eps makes steps of it.
-  optimizer = training.OptimizerConfig(learning_rate=1e-1, warmup=1, eps=1e-3)
-  settings = change(batch_size=16, modes=('joint',), optimizer=optimizer)
+  settings = change(batch_size=16, modes=('joint',), optimizer=ROBUST)
   config.write_text(settings.to_toml(), encoding='utf-8')
   out = run_python('-c', EIGHT_DEVICES.format(config=str(config)), devices=8)
   differences = [float(line) for line in out.split()]
@@ -115,7 +118,8 @@ def test_eight_devices_give_the_steps_of_one(change, tmp_path):
 def test_two_processes_give_the_run_of_one(change, tmp_path):
   pytest.importorskip('orbax.checkpoint')
   config = tmp_path / 'config.toml'
-  config.write_text(change(steps=3).to_toml(), encoding='utf-8')
+  settings = change(steps=3, optimizer=ROBUST)
+  config.write_text(settings.to_toml(), encoding='utf-8')
   with socket.socket() as free:
     free.bind(('localhost', 0))
     port = free.getsockname()[1]
@@ -141,3 +145,40 @@ def test_two_processes_give_the_run_of_one(change, tmp_path):
     for name, value in values.items():
       np.testing.assert_allclose(two[module][name], value, atol=1e-5)
   assert len(training.read_metrics(tmp_path / 'two' / 'metrics.csv')) == 3
+
+
+@pytest.mark.slow
+def test_killed_processes_give_the_run_of_one_that_lives(change, tmp_path):
+  pytest.importorskip('orbax.checkpoint')
+  config = tmp_path / 'config.toml'
+  # Most of the time goes into writing checkpoints: kills hit that, too.
+  settings = change(
+    steps=60,
+    modes=('ligand_only',),
+    checkpoint_every=1,
+    log_every=1,
+    evaluate_every=0,
+  )
+  config.write_text(settings.to_toml(), encoding='utf-8')
+  command = ('-m', 'structattn_jax.cli', 'train', config, '--quiet', '--out')
+  killed, whole = tmp_path / 'killed', tmp_path / 'whole'
+  metrics = killed / 'metrics.csv'
+  for wanted in (7, 23, 41):
+    process = run_python(*command, killed, wait=False)
+    while process.poll() is None:
+      rows = training.read_metrics(metrics)
+      if rows and rows[-1]['step'] >= wanted:
+        process.kill()
+      time.sleep(0.003)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+  run_python(*command, killed)
+  run_python(*command, whole)
+  same = [(f / 'model.npz').read_bytes() for f in (killed, whole)]
+  assert same[0] == same[1]
+  losses = [
+    [(row['step'], row['loss']) for row in training.read_metrics(path)]
+    for path in (metrics, whole / 'metrics.csv')
+  ]
+  assert losses[0] == losses[1]
+  assert len(losses[0]) == 60

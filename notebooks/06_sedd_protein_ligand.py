@@ -352,7 +352,8 @@ def run_block(track, layer, *inputs):
   caught = []
 
   def catch(call, arguments, options, context):
-    if isinstance(context.module, sedd_dual_track.CrossAttention):
+    is_cross = isinstance(context.module, sedd_dual_track.CrossAttention)
+    if is_cross and context.method_name == '__call__':
       caught.extend(arguments)
     return call(*arguments, **options)
 

@@ -5,9 +5,11 @@ Default width (768 channels, 12 heads) or 256 channels, vocabularies of 37 and
   program: `kernels.sedd_dual_track`, what the samplers use.
   network: the Haiku network, layers in a loop over stacked parameters;
     'network, remat' computes all but products with weights again.
-  unrolled: the network with its layers written out (training only).
-  published: the published formulation in JAX: AdaLN in every step, a context
-    per sample, log scores and V uniforms for every position.
+  unrolled: the published training step in JAX, layers written out, entropies of
+    log scores.
+  published: the published formulation in JAX: layers written out; samplers with
+    AdaLN in every step, a context per sample, log scores and V uniforms for
+    every position.
   torch: the published code with its repairs and `scaled_dot_product_attention`,
     where PyTorch can be imported. The baseline, else 'published' is.
 
@@ -100,7 +102,7 @@ def run(
   if baseline() == 'torch':
     sedd_torch.set_threads()
   tables = []
-  for title, cases, make in (
+  plan: Any = (
     ('joint forward', _QUICK if quick else FORWARD, forward),
     ('training step', _QUICK if quick else TRAINING, training),
     ('joint sampling', _QUICK_SAMPLING if quick else JOINT, joint_sampling),
@@ -110,7 +112,8 @@ def run(
       conditional_sampling,
     ),
     ('sampler update alone', _QUICK_UPDATE if quick else UPDATE, update),
-  ):
+  )
+  for title, cases, make in plan:
     rows: list[harness.Measurement] = []
     for case in cases:
       rows += _compare(str(case), make(case), 2 if quick else _REPEATS)
@@ -257,8 +260,8 @@ def forward(case: Case) -> dict[str, Candidate]:
     return scores(vars(found), tokens, sigma)
 
   def published(params, tokens, sigma):
-    with _unrolled():
-      return by_network(params, tokens, sigma)
+    found = _unrolled(config, params, losses.ProteinLigand(**tokens), sigma)
+    return scores(found, tokens, sigma)
 
   found = {
     'program': _compiled(by_program, program, tokens, sigma),
@@ -276,42 +279,91 @@ def forward(case: Case) -> dict[str, Candidate]:
   return found
 
 
-class _unrolled:
-  """Writes out the layers of networks traced within."""
+def _unrolled(
+  config: network.DualTrackConfig,
+  params: hk.Params,
+  tokens: losses.ProteinLigand,
+  sigma: Any,
+) -> dict[str, jax.Array]:
+  """Joint logits of a batch with the layers written out."""
 
-  def __enter__(self) -> None:
-    self.stack = hk.layer_stack
-    hk.layer_stack = lambda count, **options: self.stack(
-      count, unroll=count, **options
+  def apply(fn, params, *arguments):
+    transformed = hk.without_apply_rng(hk.transform(fn))
+    return transformed.apply(params, *arguments)
+
+  scope = f'dual_track/{network.LAYER_STACK}/'
+  stacked = {
+    path.removeprefix(scope): values
+    for path, values in params.items()
+    if path.startswith(scope)
+  }
+
+  def layer(*states, condition, index):
+    own = jax.tree.map(lambda x: x[index], stacked)
+    return [
+      apply(
+        lambda x, y, name=name: network.DDiTBlock(config, name=name)(
+          x, condition, None, y
+        ),
+        own,
+        states[i],
+        states[1 - i],
+      )
+      for i, name in enumerate(('blocks_prot', 'blocks_lig'))
+    ]
+
+  def one(protein, ligand, sigma):
+    condition = apply(
+      lambda sigma: network.TimestepEmbedder(config.cond_dim)(sigma),
+      params,
+      sigma,
     )
+    states = [
+      apply(
+        lambda ids, track=track: network.embedding(config, track)(ids),
+        params,
+        ids,
+      )
+      for track, ids in (('protein', protein), ('ligand', ligand))
+    ]
+    for index in range(config.num_block):
+      states = layer(*states, condition=condition, index=index)
+    return {
+      track: apply(
+        lambda x, track=track, vocab=vocab: network.FinalLayer(
+          config, vocab, name=f'{track}_output'
+        )(x, condition),
+        params,
+        x,
+      )
+      for (track, vocab), x in zip(
+        (
+          ('protein', config.protein_vocab),
+          ('ligand', config.ligand_vocab),
+        ),
+        states,
+        strict=True,
+      )
+    }
 
-  def __exit__(self, *error: object) -> None:
-    hk.layer_stack = self.stack
+  return jax.vmap(one)(tokens.protein, tokens.ligand, sigma)
 
 
 def training(case: Case) -> dict[str, Candidate]:
   """Joint loss, gradient, clipping, AdamW, and moving average."""
   config, params = model(case)
   clean = losses.ProteinLigand(**batch_of(config, case))
-  t = np.linspace(0.2, 0.9, case.batch, dtype=np.float32)
+  t = jnp.linspace(0.2, 0.9, case.batch)
   noised = losses.corrupt(config, jax.random.key(0), clean, t)
   # Clipping and decay as published.
   optimizer = optax.chain(
     optax.clip_by_global_norm(1.0), optax.adamw(3e-4, weight_decay=0.0)
   )
 
-  def step_of(remat):
-    chosen = dataclasses.replace(config, remat=remat)
-
+  def step_of(loss):
     def step(state, clean, noised, t):
       params, average, moments = state
-
-      def loss(params):
-        return losses.dual_track_loss(
-          chosen, params, clean, noised, t, reduction='positions'
-        ).loss
-
-      value, gradient = jax.value_and_grad(loss)(params)
+      value, gradient = jax.value_and_grad(loss)(params, clean, noised, t)
       updates, moments = optimizer.update(gradient, moments, params)
       params = optax.apply_updates(params, updates)
       average = jax.tree.map(
@@ -321,14 +373,37 @@ def training(case: Case) -> dict[str, Candidate]:
 
     return step
 
+  def looped(remat):
+    chosen = dataclasses.replace(config, remat=remat)
+    return lambda params, clean, noised, t: (
+      losses.dual_track_loss(
+        chosen, params, clean, noised, t, reduction='positions'
+      ).loss
+    )
+
+  def unrolled(params, clean, noised, t):
+    noise = noise_lib.DEFAULT
+    sigma, rate = noise.total(t), noise.rate(t)
+    logits = _unrolled(config, params, noised, sigma)
+    parts = []
+    for track, graph in losses.graphs_of(config).items():
+      ids = getattr(noised, track)
+      log_score = graph.log_score(logits[track], ids, sigma[:, None])
+      entropy = graph.score_entropy(
+        log_score, sigma[:, None], ids, getattr(clean, track)
+      )
+      parts.append(jnp.mean(rate[:, None] * entropy))
+    return (parts[0] + parts[1]) / 2
+
   state = (params, params, optimizer.init(params))
-  arguments = (state, clean, noised, t)
   found = {
-    'network, remat': _compiled(step_of('dots'), *arguments, donate=True),
-    'network': _compiled(step_of('none'), *arguments, donate=True),
+    name: _compiled(step_of(loss), state, clean, noised, t, donate=True)
+    for name, loss in (
+      ('network, remat', looped('dots')),
+      ('network', looped('none')),
+      ('unrolled', unrolled),
+    )
   }
-  with _unrolled():
-    found['unrolled'] = _compiled(step_of('none'), *arguments, donate=True)
   if baseline() == 'torch':
     noise = noise_lib.DEFAULT
     found['torch'] = Candidate(
@@ -425,8 +500,7 @@ def _sampling(
 
   key = jax.random.key(0)
   found = {'program': _compiled(ours, program, key, context)}
-  with _unrolled():
-    found['published'] = _compiled(published, params, key, context)
+  found['published'] = _compiled(published, params, key, context)
   if baseline() == 'torch':
     state = sedd_torch.state_dict(params)
     copies = {
@@ -446,15 +520,16 @@ def update(shape: tuple[int, int, int]) -> dict[str, Candidate]:
   """New tokens from logits [B, n, V], all of them absorbed."""
   batch, n, dim = shape
   rng = np.random.default_rng(0)
-  logits = rng.standard_normal(shape, np.float32)
-  tokens = np.full((batch, n), dim - 1, np.int32)
-  sigma, dsigma = np.float32(1.2), np.float32(0.03)
+  logits: Any = rng.standard_normal(shape, np.float32)
+  tokens: Any = np.full((batch, n), dim - 1, np.int32)
+  sigma: Any = np.float32(1.2)
+  dsigma = np.float32(0.03)
   extra = -(dim - 1) % kernel.BLOCK
   # The samplers' output layer writes them like this.
   padded = np.pad(
     logits[..., :-1], ((0, 0), (0, 0), (0, extra)), constant_values=-1e30
   )
-  log_chance = np.float32(np.log(np.expm1(dsigma) / np.expm1(sigma)))
+  log_chance = float(np.log(np.expm1(dsigma) / np.expm1(sigma)))
   key = jax.random.key(0)
 
   def ours(logits, tokens, key):

@@ -14,8 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from structattn_jax.common import numerics
-
 # fn(weights, taken, floats, constants) of one chunk.
 ChunkFunction = Callable[[Any, Any, Any, Any], Any]
 
@@ -82,8 +80,9 @@ def _forward(fn, chunk, window, weights, table, index, floats, constants):
     return fn(weights, taken, own_floats, own_constants)
 
   rows = _chunks((index, floats, constants), chunk)
-  out = _join(_map(step, rows))
-  return out, (weights, table, index, floats, constants)
+  after = jax.tree.leaves((floats, table))[0]
+  _, out = _scan(lambda carry, own: (carry, step(own)), None, rows, after)
+  return _join(out), (weights, table, index, floats, constants)
 
 
 def _backward(fn, chunk, window, residuals, gradient):
@@ -105,11 +104,17 @@ def _backward(fn, chunk, window, residuals, gradient):
     d_table = _put(window, d_table, own_index, d_taken)
     return (d_weights, d_table), d_floats
 
-  start = jax.tree.map(
-    lambda x: jnp.zeros_like(numerics.at_least_float32(x)), (weights, table)
-  )
   rows = _chunks((index, floats, constants, gradient), chunk)
-  sums, d_floats = jax.lax.scan(step, start, rows)
+  after = jax.tree.leaves(gradient)[0]
+  # Zeros that are not made before they are needed; see `_scan`.
+  zero = jnp.where(after.reshape(-1)[0] > 0, 0.0, -0.0)
+  start = jax.tree.map(
+    lambda x: jnp.broadcast_to(
+      zero.astype(jnp.promote_types(x.dtype, jnp.float32)), x.shape
+    ),
+    (weights, table),
+  )
+  sums, d_floats = _scan(step, start, rows, after)
   d_weights, d_table = jax.tree.map(
     lambda d, x: d.astype(x.dtype), sums, (weights, table)
   )
@@ -122,34 +127,40 @@ def _backward(fn, chunk, window, residuals, gradient):
 chunked_map.defvjp(_forward, _backward)
 
 
-def _map(step: Callable[[Any], Any], rows: Any) -> Any:
-  """`jax.lax.map`, with buffers that are not there before they are needed.
+def _scan(
+  step: Callable[[Any, Any], tuple[Any, Any]],
+  carry: Any,
+  rows: Any,
+  after: jax.Array,
+) -> tuple[Any, Any]:
+  """`jax.lax.scan`, with buffers that are not made before they are needed.
 
-  Loops start from zeros; XLA on CPU makes those of all loops of a program
-  first and keeps them. These depend on the rows. Their values are not used.
+  Loops start from zeros. XLA on CPU makes those of all loops of a program
+  first, and they all take memory at once. What these loops start from depends
+  on `after`; its value is not used.
   """
-  first = jax.tree.leaves(rows)[0]
-  anything = first.reshape(-1)[0]
-  n_chunk = first.shape[0]
+  n_chunk = jax.tree.leaves(rows)[0].shape[0]
+  anything = after.reshape(-1)[0]
 
   def own(i: jax.Array) -> Any:
     return jax.tree.map(
       lambda x: jax.lax.dynamic_index_in_dim(x, i, keepdims=False), rows
     )
 
-  def body(i: jax.Array, out: Any) -> Any:
-    return jax.tree.map(
-      lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, i, 0),
-      out,
-      step(own(i)),
+  def body(i: jax.Array, state: tuple[Any, Any]) -> tuple[Any, Any]:
+    carry, out = state
+    carry, found = step(carry, own(i))
+    out = jax.tree.map(
+      lambda x, y: jax.lax.dynamic_update_index_in_dim(x, y, i, 0), out, found
     )
+    return carry, out
 
-  shapes = jax.eval_shape(lambda i: step(own(i)), jnp.int32(0))
+  _, shapes = jax.eval_shape(lambda i: step(carry, own(i)), jnp.int32(0))
   start = jax.tree.map(
     lambda x: jnp.broadcast_to(anything.astype(x.dtype), (n_chunk, *x.shape)),
     shapes,
   )
-  return jax.lax.fori_loop(0, n_chunk, body, start)
+  return jax.lax.fori_loop(0, n_chunk, body, (carry, start))
 
 
 def _take(window: int | None, table: Any, index: Any) -> Any:

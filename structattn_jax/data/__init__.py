@@ -15,6 +15,7 @@ from structattn_jax.data.alphafold3 import (
   alphafold3_windows,
   featurise_alphafold3,
 )
+from structattn_jax.data.boltz import boltz_atom_features
 from structattn_jax.data.buckets import (
   DEFAULT_ATOM_BUCKETS,
   DEFAULT_TOKEN_BUCKETS,
@@ -90,6 +91,7 @@ __all__ = (
   'TokenFeatures',
   'alphafold3_batch',
   'alphafold3_windows',
+  'boltz_atom_features',
   'bundled_pairs',
   'choose_bucket',
   'cover_pairs',

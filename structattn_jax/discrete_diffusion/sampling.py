@@ -497,7 +497,7 @@ def sample_absorbing_from_uniform(
   Returns:
     The samples.
   """
-  fixed = fixed or {}
+  kept = fixed or {}
   plan = schedule(noise, sampler)
   # Chances relative to e^logit / (V - 1); the denoiser always replaces.
   amount = plan.rate.astype(np.float64)
@@ -532,7 +532,7 @@ def sample_absorbing_from_uniform(
 
   def project(tokens):
     return {
-      track: _put_back(ids, fixed.get(track)) for track, ids in tokens.items()
+      track: _put_back(ids, kept.get(track)) for track, ids in tokens.items()
     }
 
   def at_level(level, begun, tokens, log_chance, draws):

@@ -134,8 +134,7 @@ def _noise(golden: Golden) -> noise_lib.Noise:
     return noise_lib.LogLinearNoise(eps=options.get('eps', 1e-3))
   return noise_lib.make_noise(
     options['type'],
-    # Upstream holds this one in float32.
-    sigma_min=float(np.float32(options['sigma_min'])),
+    sigma_min=options['sigma_min'],
     sigma_max=options['sigma_max'],
   )
 
@@ -442,6 +441,7 @@ def _named_noise(name: str) -> noise_lib.Noise:
   if kind == 'loglinear':
     return noise_lib.LogLinearNoise(eps=float(eps.replace('e', 'e-') or 1e-3))
   smallest, largest = {'geometric': (1e-4, 20.0), 'cosine': (1e-3, 1.0)}[kind]
+  # Recorded with a float32 constant.
   return noise_lib.make_noise(
     kind, sigma_min=float(np.float32(smallest)), sigma_max=largest
   )
@@ -623,11 +623,12 @@ def _replayed(
 ) -> Iterator[Comparison]:
   """States and results exactly; probabilities where they are recorded."""
   denoised = found.denoiser_probabilities or {}
+  probabilities = found.probabilities or {}
   for track, prefix in prefixes.items():
     for name, got, absolute in (
       ('states', found.states[track], None),
       ('final', found.tokens[track], None),
-      ('probs', found.probabilities[track], _PROBABILITIES[predictor]),
+      ('probs', probabilities.get(track), _PROBABILITIES[predictor]),
       ('probs_denoise', denoised.get(track), _PROBABILITIES['analytic']),
     ):
       output = f'{prefix}{name}'
@@ -741,7 +742,8 @@ def _rotary(golden: Golden, recorded: set[str]) -> Iterator[Comparison]:
     if name in recorded:
       # Rotating (1, 0) shows the tables themselves, which occur twice.
       _, n, _, d_head = golden.arrays[f'outputs/{name}'].shape
-      unit = np.zeros((1, n, 1, d_head), np.float32)
+      dtype = golden.part('inputs')['x'].dtype
+      unit = np.zeros((1, n, 1, d_head), dtype)
       unit[..., : d_head // 2] = 1
       cos, sin = np.split(np.asarray(rotate(unit)), 2, -1)
       table = cos if name == 'rotary/cos' else sin

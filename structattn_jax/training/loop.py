@@ -342,7 +342,7 @@ def _of_step(config: config_lib.TrainConfig) -> config_lib.TrainConfig:
   )
 
 
-@functools.lru_cache(maxsize=len(objective.BOUNDS))
+@functools.lru_cache(maxsize=16)
 def _step(
   config: config_lib.TrainConfig,
   mode: sedd_dual_track.Mode,

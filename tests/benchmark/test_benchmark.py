@@ -152,6 +152,5 @@ def test_command_quick_prints_tables_and_writes_json(
 def test_command_unknown_section_names_the_choices(capsys):
   with pytest.raises(SystemExit):
     command.main(['fold'])
-  assert (
-    'expected one of segment, ipa, structure_module, ' in capsys.readouterr().err
-  )
+  message = capsys.readouterr().err
+  assert 'expected one of segment, ipa, structure_module, ' in message

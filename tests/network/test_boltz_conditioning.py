@@ -68,7 +68,7 @@ def test_a_cyclic_chain_wraps_and_so_do_long_gaps_of_others():
 
 
 def test_relative_positions_refuse_floats_and_wrong_lengths():
-  with pytest.raises(TypeError, match='^sym_id: expected integer'):
+  with pytest.raises(TypeError, match=r'^sym_id: expected integer'):
     encoded(**{**tokens(), 'sym_id': np.zeros(15)})
   with pytest.raises(ValueError, match='sym_id: expected shape'):
     encoded(**{**tokens(), 'sym_id': np.zeros(14, int)})

@@ -239,6 +239,7 @@ def test_window_transformer_equals_the_published_one(remat):
       )(own, act, single, pair)
       for fn in (apply, lean)
     )
+    got, want = jax.tree.map(np.asarray, (got, want))
   for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
     assert np.abs(x - y).max() <= 1e-11 * max(np.abs(y).max(), 1)
   assert all(np.any(y != 0) for y in jax.tree.leaves(want))

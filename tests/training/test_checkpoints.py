@@ -74,6 +74,7 @@ def test_no_checkpoint_gives_none(tmp_path):
     assert opened.restore_latest(STATE) is None
 
 
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 @pytest.mark.parametrize('damage', [flip_byte, truncate, pathlib.Path.unlink])
 def test_damaged_checkpoint_is_reported_and_the_previous_used(saved, damage):
   damage(data_file(saved.folder / '6'))
@@ -87,6 +88,7 @@ def test_damaged_checkpoint_is_reported_and_the_previous_used(saved, damage):
   assert saved.steps() == [4, 2]
 
 
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 def test_missing_record_counts_as_damage(saved):
   for path in (saved.folder / '6' / 'record').iterdir():
     path.unlink()
@@ -104,6 +106,7 @@ def test_unfinished_checkpoint_is_ignored(saved):
     assert opened.restore_latest(STATE)[0] == 6
 
 
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
 def test_all_damaged_is_an_error_not_a_fresh_start(saved):
   for step in saved.steps():
     truncate(data_file(saved.folder / str(step)))

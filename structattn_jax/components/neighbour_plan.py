@@ -15,9 +15,10 @@ import numpy as np
 
 from structattn_jax.common import checks
 
-# Query atoms per step. On CPU the pair tensor of a block then stays in cache;
-# accelerators want more work per step (not measured).
-_CPU_BLOCK, _ACCELERATOR_BLOCK = 16, 64
+# Query atoms per step: two tokens, within these bounds. On CPU the pair tensor
+# of a block then stays in cache; accelerators want more work per step (not
+# measured).
+_CPU_BLOCK, _ACCELERATOR_BLOCK = (16, 32), (64, 64)
 
 
 class PlanSizes(NamedTuple):
@@ -118,8 +119,8 @@ def plan_neighbours(
   Args:
     tok_idx: [n_atom] integer, concrete, never decreasing; gaps are allowed.
     window_size: span of the window in residues, as in `build_sparse_pairs`.
-    query_block: atoms per block at most; None means 16 on CPU and 64 on
-      accelerators.
+    query_block: atoms per block at most; None means twice the largest token
+      but 16 to 32 on CPU, and 64 on accelerators.
     sizes: sizes to pad to; None takes the smallest.
 
   Returns:
@@ -143,7 +144,9 @@ def plan_neighbours(
   checks.validate_sorted(tok, name='tok_idx')
   if query_block is None:
     on_cpu = jax.default_backend() == 'cpu'
-    query_block = _CPU_BLOCK if on_cpu else _ACCELERATOR_BLOCK
+    least, most = _CPU_BLOCK if on_cpu else _ACCELERATOR_BLOCK
+    largest_token = int(np.unique(tok, return_counts=True)[1].max())
+    query_block = min(max(2 * largest_token, least), most)
   if query_block < 1:
     raise ValueError(f'query_block: expected at least 1, got {query_block}')
 

@@ -806,21 +806,29 @@ def replace_from_uniform(
     mass += top + jnp.log(total)
   replaced = absorbed & (jnp.log(uniform[..., 0]) < mass)
 
-  # Rounding must not lead to a block or token without probability.
   target = uniform[..., 1] * total
-  index = jnp.sum(cumulated <= target[..., None], -1, keepdims=True)
-  index = jnp.minimum(index, sums.shape[-1] - 1)
-  empty = jnp.take_along_axis(sums, index, -1) == 0
-  index = jnp.where(empty, jnp.argmax(largest, -1)[..., None], index)
+  index = _first_above(cumulated, target, sums > 0)
   before = jnp.take_along_axis(cumulated - sums, index, -1)
   row = jnp.take_along_axis(blocks, index[..., None], -2)[..., 0, :]
   row = jnp.exp(row - top[..., None])
-  column = jnp.sum(jnp.cumsum(row, -1) <= target[..., None] - before, -1)
-  column = jnp.minimum(column, block - 1)[..., None]
-  empty = jnp.take_along_axis(row, column, -1) == 0
-  column = jnp.where(empty, jnp.argmax(row, -1)[..., None], column)
+  column = _first_above(jnp.cumsum(row, -1), target - before[..., 0], row > 0)
   new = (index * block + column)[..., 0]
   return jnp.where(replaced, new, tokens).astype(jnp.int32)
+
+
+def _first_above(
+  cumulated: jax.Array, target: jax.Array, real: jax.Array
+) -> jax.Array:
+  """[..., 1] index of the first entry above `target`.
+
+  Rounding must not lead to an entry without probability: then it is the last
+  one that has some.
+  """
+  index = jnp.sum(cumulated <= target[..., None], -1, keepdims=True)
+  number = jnp.arange(real.shape[-1])
+  last = jnp.max(jnp.where(real, number, 0), -1, keepdims=True)
+  index = jnp.minimum(index, last)
+  return jnp.where(jnp.take_along_axis(real, index, -1), index, last)
 
 
 def sample_from_uniform(

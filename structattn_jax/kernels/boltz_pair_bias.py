@@ -69,6 +69,7 @@ class Sizes(NamedTuple):
   n_query: int
   n_key: int
   heads: tuple[int, ...]  # of each layer
+  masked: float  # the bias of masked keys
 
 
 # All windows at once.
@@ -114,9 +115,11 @@ def pair_act(
 def dense_biases(
   sizes: Sizes, weights: Weights, atoms: Atoms, tokens: Tokens | None
 ) -> tuple[jax.Array, ...]:
-  """Of each layer, [n_window, n_head, n_query, n_key]."""
+  """Of each layer, [n_window, n_head, n_query, n_key]; masked keys too."""
   pair = _normalise(pair_act(sizes, weights, atoms, tokens))
   biases = jnp.moveaxis(pair @ weights.bias + weights.bias_offset, -1, 1)
+  is_key = windows.key_windows(atoms.mask, sizes.n_query, sizes.n_key)
+  biases = jnp.where(is_key[:, None, None], biases, sizes.masked)
   return tuple(_split(biases, sizes.heads, 1))
 
 
@@ -144,6 +147,13 @@ class _Window(NamedTuple):
   key_position: jax.Array  # [3, n_key]
 
 
+class _Match(NamedTuple):
+  """Which pairs share a conformer (1 or 0), and which keys are atoms."""
+
+  same: jax.Array  # [n_query, n_key] float
+  is_key: jax.Array  # [n_key] bool
+
+
 class _Padded(NamedTuple):
   """Arrays over atoms of which windows are slices, the last axis."""
 
@@ -153,6 +163,7 @@ class _Padded(NamedTuple):
   key_position: jax.Array  # [3, n_padded]
   query_uid: jax.Array  # [n_atom]
   key_uid: jax.Array  # [n_padded], another number than any query for padding
+  is_key: jax.Array  # [n_padded] bool
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -168,11 +179,11 @@ def _forward(sizes, weights, atoms, tokens) -> tuple[Any, Any]:
   runs = None if tokens is None else _token_runs(sizes, tokens.index)
 
   def step(window: jax.Array) -> tuple[jax.Array, ...]:
-    own, same = _take(sizes, padded, window)
+    own, match = _take(sizes, padded, window)
     added = None
     if tokens is not None and runs is not None:
       added = _token_pair(sizes, tokens, runs, window)
-    return _window_biases(sizes, weights, own, same, added)
+    return _window_biases(sizes, weights, own, match, added)
 
   n_window = atoms.row.shape[0] // sizes.n_query
   biases = jax.lax.map(step, jnp.arange(n_window))
@@ -186,12 +197,12 @@ def _backward(sizes, residuals, gradient) -> tuple[Any, Any, Any]:
 
   def step(carry: Any, scheduled: Any) -> tuple[Any, _Window]:
     window, own_gradient = scheduled
-    own, same = _take(sizes, padded, window)
+    own, match = _take(sizes, padded, window)
     added = None
     if tokens is not None and runs is not None:
       added = _token_pair(sizes, tokens, runs, window)
     d_weights, d_own, d_pair = _window_backward(
-      weights, own, same, added, jnp.concatenate(own_gradient)
+      weights, own, match, added, jnp.concatenate(own_gradient)
     )
     total, d_tokens = carry
     total = jax.tree.map(jnp.add, total, d_weights)
@@ -232,15 +243,16 @@ def _window_biases(
   sizes: Sizes,
   weights: Weights,
   own: _Window,
-  same: jax.Array,
+  match: _Match,
   added: jax.Array | None,
 ) -> tuple[jax.Array, ...]:
   """The biases of each layer, [n_head, n_query, n_key]."""
-  *_, pair = _window_pair(weights, own, same, added)
+  *_, pair = _window_pair(weights, own, match.same, added)
   _, scale = _statistics(pair)
   # LN(p) W = scale p (W without its mean over channels).
   biases = _mix(_centred(weights.bias), pair) * scale
   biases += weights.bias_offset[:, None, None]
+  biases = jnp.where(match.is_key, biases, sizes.masked)
   return tuple(_split(biases, sizes.heads))
 
 
@@ -290,7 +302,7 @@ def _centred(weights: jax.Array) -> jax.Array:
 def _window_backward(
   weights: Weights,
   own: _Window,
-  same: jax.Array,
+  match: _Match,
   added: jax.Array | None,
   gradient: jax.Array,
 ) -> tuple[Weights, _Window, jax.Array]:
@@ -299,14 +311,15 @@ def _window_backward(
   Args:
     weights: as there.
     own: as there.
-    same: as there.
+    match: as there.
     added: as there.
     gradient: [n_bias, n_query, n_key] of all layers' biases.
 
   Returns:
     Those of weights, of the window, and of the pair before its MLP.
   """
-  *steps, _, pair = _window_pair(weights, own, same, added)
+  gradient = jnp.where(match.is_key, gradient, 0)
+  *steps, _, pair = _window_pair(weights, own, match.same, added)
   mean, scale = _statistics(pair)
   d_bias = _outer(pair, gradient * scale)
   # Layer norm: scale (t - n mean(n t)), n the normalised pair, mean(t) = 0.
@@ -320,7 +333,7 @@ def _window_backward(
     d_hidden = jnp.where(step > 0, _mix(matrix.T, d_hidden), 0)
   d_pair += d_hidden
 
-  features, transpose = jax.vjp(lambda own: _features(own, same), own)
+  features, transpose = jax.vjp(lambda own: _features(own, match.same), own)
   (d_own,) = transpose(_mix(weights.geometry.T, d_pair))
   d_own = d_own._replace(row=jnp.sum(d_pair, 2), column=jnp.sum(d_pair, 1))
   d_weights = Weights(
@@ -355,13 +368,14 @@ def _pad(sizes: Sizes, atoms: Atoms) -> _Padded:
     jnp.pad(atoms.position.T, columns),
     jnp.where(atoms.mask, atoms.uid, nobody),
     jnp.pad(key_uid, margin, constant_values=nobody + 1),
+    jnp.pad(atoms.mask, margin),
   )
 
 
 def _take(
   sizes: Sizes, padded: _Padded, window: jax.Array
-) -> tuple[_Window, jax.Array]:
-  """A window, and which of its pairs share a conformer (1 or 0)."""
+) -> tuple[_Window, _Match]:
+  """What one window takes from all atoms."""
   start = window * sizes.n_query
 
   def queries(x: jax.Array) -> jax.Array:
@@ -377,7 +391,7 @@ def _take(
     queries(padded.position),
     keys(padded.key_position),
   )
-  return own, same.astype(padded.row.dtype)
+  return own, _Match(same.astype(padded.row.dtype), keys(padded.is_key))
 
 
 def _from_queries(by_window: jax.Array) -> jax.Array:

@@ -75,7 +75,7 @@ class Transformer(NamedTuple):
 
   Attributes:
     terms: of each layer, what depends on the conditioning.
-    biases: of each layer, [n_window, n_head, n_query, n_key].
+    biases: of each layer, [n_window, n_head, n_query, n_key], masked.
   """
 
   terms: tuple[bt.LayerTerms, ...]
@@ -334,7 +334,7 @@ def _biases(
   weights = _pair_weights(embedding)
   projections = [
     (params[f'{name}_0'], params[f'{name}_1']['weights'])
-    for name in _bias_projections(config)
+    for name in bias_projections(config)
   ]
   # The scales of the layer norms go into the projections behind them.
   weights = weights._replace(
@@ -359,7 +359,10 @@ def _biases(
 
 def _sizes(config: Config, heads: tuple[int, ...] = ()) -> kernel.Sizes:
   return kernel.Sizes(
-    config.atoms_per_window_queries, config.atoms_per_window_keys, heads
+    config.atoms_per_window_queries,
+    config.atoms_per_window_keys,
+    heads,
+    bt.MASKED,
   )
 
 
@@ -434,8 +437,7 @@ def encode(
     # Coordinates must not pass through TF32 or bfloat16 matrix units.
     q = q + jnp.matmul(positions, weights, precision='highest').astype(q.dtype)
   q = _transform(pm.below(params, 'atom_encoder/'), q, context, context.encoder)
-  act = jax.nn.relu(bt.linear(params, 'atom_to_token_trans_0', q))
-  return BoltzAtomEncoderOutput(_to_tokens(act, context), q)
+  return BoltzAtomEncoderOutput(_to_tokens(params, q, context), q)
 
 
 def decode(
@@ -486,17 +488,32 @@ def _to_atoms(tokens: jax.Array, atom_to_token: jax.Array) -> jax.Array:
   return _rows(tokens, atom_to_token)
 
 
-def _to_tokens(atoms: jax.Array, context: BoltzAtomContext) -> jax.Array:
-  """Sum over a token's atoms, divided by their number + 1e-6."""
-  index, n_token = context.atom_to_token, context.num_tokens
+def _to_tokens(
+  params: Params, q: jax.Array, context: BoltzAtomContext
+) -> jax.Array:
+  """Sum of relu(Linear(q)) over a token's atoms, over their number + 1e-6."""
+  n_token = context.num_tokens
+  index = context.atom_to_token
   index = jnp.where(index < 0, n_token, index)
-  wide = numerics.at_least_float32(atoms)
 
-  def total(x: jax.Array) -> jax.Array:
+  def total(x: jax.Array, index: jax.Array) -> jax.Array:
     return jax.ops.segment_sum(x, index, n_token + 1)[:n_token]
 
-  count = total(jnp.ones(len(wide), wide.dtype))
-  return (total(wide) / (count + _POOL_EPSILON)[:, None]).astype(atoms.dtype)
+  def add(so_far: jax.Array, rows: Any) -> tuple[jax.Array, None]:
+    q, index = rows
+    act = jax.nn.relu(bt.linear(params, 'atom_to_token_trans_0', q))
+    return so_far + total(numerics.at_least_float32(act), index), None
+
+  rows = bt.rows_per_chunk(context.encoder.biases[0])
+  width = params['atom_to_token_trans_0']['weights'].shape[1]
+  dtype = hm.parameter_dtype(q)
+  sums, _ = jax.lax.scan(
+    jax.checkpoint(add) if len(q) > rows else add,
+    jnp.zeros((n_token, width), dtype),
+    (q.reshape(-1, rows, q.shape[1]), index.reshape(-1, rows)),
+  )
+  count = total(jnp.ones(len(q), dtype), index)
+  return (sums / (count + _POOL_EPSILON)[:, None]).astype(q.dtype)
 
 
 # Where parameters are.
@@ -523,7 +540,7 @@ def _stacks(config: Config) -> list[tuple[str, int, int]]:
   return stacks if config.has_decoder else stacks[:1]
 
 
-def _bias_projections(config: Config) -> list[str]:
+def bias_projections(config: Config) -> list[str]:
   """Names of the projections of the atom pair, in the order of layers."""
   if isinstance(config, Boltz2AtomAttentionConfig):
     if not config.structure_prediction:

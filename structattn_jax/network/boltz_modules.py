@@ -339,7 +339,8 @@ def _context(
   """A context whose encoder and decoder are the same transformer."""
   features = bf.without_padding(features)
   own = be.Transformer(
-    bt.transformer_terms(stack, embedding.conditioning), tuple(biases)
+    bt.transformer_terms(stack, embedding.conditioning),
+    tuple(bt.masked_bias(x, features.atom_mask) for x in biases),
   )
   return be.BoltzAtomContext(
     embedding.queries,

@@ -26,8 +26,8 @@ are computed once per atom, not once per window; what depends on the
 conditioning alone (`LayerTerms`, pair biases) can be computed in advance.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import haiku as hk
 import jax
@@ -42,6 +42,10 @@ from structattn_jax.kernels import windowed_attention as kernel
 
 # Logit of a masked key: its weight is zero, and no infinity meets another.
 MASKED = -1e9
+_EPSILON = 1e-5
+# Windows whose atoms pass through the rest of a layer together on CPU: less
+# memory for more atoms, while up to so many are kept for the backward pass.
+_CPU_WINDOWS = 32
 # Fresh gates are sigmoid of this, 0.119.
 _GATE_BIAS = -2.0
 
@@ -211,8 +215,8 @@ def ada_ln(params: Params, a: jax.Array, s: jax.Array) -> jax.Array:
 
   sigmoid(Linear(s')) LN(a) + Linear'(s'), s' = LN(s) with scale, no offset.
   """
-  scale, shift = _ada_ln_terms(params, numerics.layer_norm(s))
-  return scale * numerics.layer_norm(a) + shift
+  scale, shift = _ada_ln_terms(params, _normalise(s))
+  return scale * _normalise(a) + shift
 
 
 def _ada_ln_terms(
@@ -220,16 +224,14 @@ def _ada_ln_terms(
 ) -> tuple[jax.Array, jax.Array]:
   """Scale and shift from LN(s) without its scale."""
   x = normalised * params['s_norm']['scale'].astype(normalised.dtype)
-  return jax.nn.sigmoid(linear(params, 's_scale', x)), linear(
-    params, 's_bias', x
-  )
+  return _sigmoid(linear(params, 's_scale', x)), linear(params, 's_bias', x)
 
 
 def conditioned_transition(
   params: Params, a: jax.Array, s: jax.Array
 ) -> jax.Array:
   """The update of `a` by the conditioned transition, Alg. 25."""
-  gate = jax.nn.sigmoid(linear(params, 'output_projection_0', s))
+  gate = _sigmoid(linear(params, 'output_projection_0', s))
   x = ada_ln(pm.below(params, 'adaln/'), a, s)
   return gate * _transition(params, x)
 
@@ -237,7 +239,7 @@ def conditioned_transition(
 def _transition(params: Params, x: jax.Array) -> jax.Array:
   # The second half is what goes through silu.
   x1, x2 = jnp.split(linear(params, 'swish_gate_0', x), 2, -1)
-  hidden = jax.nn.silu(x2) * x1 * linear(params, 'a_to_b', x)
+  hidden = _swish_gate(x1, x2, linear(params, 'a_to_b', x))
   return linear(params, 'b_to_a', hidden)
 
 
@@ -254,13 +256,25 @@ def attention_pair_bias(
   Args:
     params: those of `attention_parameters`.
     x: [n_atom, c] float, normalised.
-    bias: [n_window, n_head, n_query, n_key] float, added to the logits.
+    bias: [n_window, n_head, n_query, n_key] float, added to the logits; that
+      of masked keys is `MASKED` (see `masked_bias`).
     mask: [n_atom] bool, True = keep, of the keys.
     chunk: windows at a time; see `kernels.windowed_attention`.
 
   Returns:
     [n_atom, c]; zero before `proj_o` for rows without any key.
   """
+  return _gated(params, x, _attend(params, x, bias, mask, chunk))
+
+
+def _attend(
+  params: Params,
+  x: jax.Array,
+  bias: jax.Array,
+  mask: jax.Array,
+  chunk: int | None,
+) -> jax.Array:
+  """What all heads collect, [n_atom, c]."""
   n_atom, channels = x.shape
   n_window, n_head, n_query, n_key = bias.shape
   d_head = channels // n_head
@@ -277,12 +291,22 @@ def attention_pair_bias(
     q.reshape(n_atom, n_head, d_head),
     keys('proj_k'),
     keys('proj_v'),
-    jnp.where(is_key[:, None, None], bias, MASKED),
+    bias,
     n_query * jnp.arange(n_window, dtype=jnp.int32),
   ).reshape(n_window, n_query, channels)
   out = jnp.where(jnp.any(is_key, -1)[:, None, None], out, 0)
-  gate = jax.nn.sigmoid(linear(params, 'proj_g', x))
-  return linear(params, 'proj_o', gate * out.reshape(n_atom, channels))
+  return out.reshape(n_atom, channels)
+
+
+def _gated(params: Params, x: jax.Array, out: jax.Array) -> jax.Array:
+  gate = _sigmoid(linear(params, 'proj_g', x))
+  return linear(params, 'proj_o', gate * out)
+
+
+def masked_bias(bias: jax.Array, mask: jax.Array) -> jax.Array:
+  """[n_window, n_head, n_query, n_key] with `MASKED` at masked keys."""
+  is_key = windows.key_windows(mask, *bias.shape[2:])
+  return jnp.where(is_key[:, None, None], bias, MASKED)
 
 
 def layer_terms(
@@ -305,10 +329,10 @@ def layer_terms(
   return LayerTerms(
     scale,
     shift,
-    jax.nn.sigmoid(linear(params, 'output_projection_linear', s)),
+    _sigmoid(linear(params, 'output_projection_linear', s)),
     transition_scale,
     transition_shift,
-    jax.nn.sigmoid(linear(params, 'transition/output_projection_0', s)),
+    _sigmoid(linear(params, 'transition/output_projection_0', s)),
   )
 
 
@@ -326,23 +350,57 @@ def layer(
   Returns:
     New activations [n_atom, c].
   """
-  x = terms.attention_scale * numerics.layer_norm(a) + terms.attention_shift
   attention = pm.below(params, 'pair_bias_attn/')
-  a = a + terms.attention_gate * attention_pair_bias(
-    attention, x, bias, mask, chunk=chunk
-  )
-  x = terms.transition_scale * numerics.layer_norm(a) + terms.transition_shift
-  a = a + terms.transition_gate * _transition(
-    pm.below(params, 'transition/'), x
-  )
-  if 'post_lnorm' in params:
-    a = layer_norm(params, 'post_lnorm', a)
-  return a
+  transition = pm.below(params, 'transition/')
+
+  def attention_input(a: jax.Array, terms: LayerTerms) -> jax.Array:
+    return terms.attention_scale * _normalise(a) + terms.attention_shift
+
+  def update(a: jax.Array, out: jax.Array, terms: LayerTerms) -> jax.Array:
+    x = attention_input(a, terms)
+    a = a + terms.attention_gate * _gated(attention, x, out)
+    x = terms.transition_scale * _normalise(a) + terms.transition_shift
+    a = a + terms.transition_gate * _transition(transition, x)
+    if 'post_lnorm' in params:
+      a = layer_norm(params, 'post_lnorm', a)
+    return a
+
+  out = _attend(attention, attention_input(a, terms), bias, mask, chunk)
+  found = by_rows(lambda xs: update(*xs), (a, out, terms), rows_per_chunk(bias))
+  return found.reshape(a.shape)
+
+
+def rows_per_chunk(bias: jax.Array) -> int:
+  """How many atoms to work on at a time, where atoms are independent."""
+  n_window, _, n_query, _ = bias.shape
+  on_cpu = jax.default_backend() == 'cpu'
+  chunk = _CPU_WINDOWS if on_cpu else n_window
+  return n_query * kernel.windows_per_chunk(n_window, chunk)
+
+
+def by_rows(
+  fn: Callable[[Any], jax.Array], arrays: Any, rows: int
+) -> jax.Array:
+  """`fn` on `rows` rows of all arrays at a time, recomputed in the backward pass.
+
+  Args:
+    fn: maps a tree like `arrays` to one array.
+    arrays: tree of arrays [n, ...].
+    rows: a divisor of n; all of them are not recomputed.
+
+  Returns:
+    The results, [n / rows, ...].
+  """
+  n = jax.tree.leaves(arrays)[0].shape[0]
+  if n == rows:
+    return fn(arrays)[None]
+  split = jax.tree.map(lambda x: x.reshape(-1, rows, *x.shape[1:]), arrays)
+  return jax.lax.map(jax.checkpoint(fn), split)
 
 
 def transformer_terms(params: Params, s: jax.Array) -> tuple[LayerTerms, ...]:
   """The terms of every layer; see `layer_terms`."""
-  normalised = numerics.layer_norm(s)
+  normalised = _normalise(s)
   return tuple(layer_terms(own, s, normalised) for own in layers(params))
 
 
@@ -362,7 +420,7 @@ def diffusion_transformer(
     params: those of `diffusion_transformer_parameters`.
     a: [n_atom, c] float.
     s: [n_atom, c_cond] float; not needed if there are terms.
-    biases: of each layer, [n_window, n_head, n_query, n_key].
+    biases: of each layer, [n_window, n_head, n_query, n_key], `masked_bias`.
     mask: [n_atom] bool, True = keep, of the keys.
     terms: of each layer; None computes them here.
     chunk: windows at a time.
@@ -370,7 +428,7 @@ def diffusion_transformer(
   Returns:
     [n_atom, c] in the dtype of `a`.
   """
-  normalised = None if s is None else numerics.layer_norm(s)
+  normalised = None if s is None else _normalise(s)
   for i, own in enumerate(layers(params)):
     if terms is not None:
       own_terms = terms[i]
@@ -389,6 +447,78 @@ def layers(params: Params) -> list[Params]:
     int(module.split('/')[0].removeprefix('layers_')) for module in params
   )
   return [pm.below(params, f'layers_{i}/') for i in range(depth)]
+
+
+# Functions whose backward passes keep less than those that JAX derives: of a
+# layer that is half of all it keeps.
+
+
+@jax.custom_vjp
+def _normalise(x: jax.Array) -> jax.Array:
+  """Layer norm without scale and offset."""
+  return _normalise_forward(x)[0]
+
+
+def _normalise_forward(x: jax.Array) -> tuple[jax.Array, Any]:
+  wide = numerics.at_least_float32(x)
+  wide = wide - jnp.mean(wide, -1, keepdims=True)
+  variance = jnp.mean(jnp.square(wide), -1, keepdims=True)
+  scale = jax.lax.rsqrt(variance + _EPSILON)
+  y = (wide * scale).astype(x.dtype)
+  return y, (y, scale)
+
+
+def _normalise_backward(kept: Any, gradient: jax.Array) -> tuple[jax.Array]:
+  y, scale = kept
+  wide, d = numerics.at_least_float32(y), numerics.at_least_float32(gradient)
+  d = d - jnp.mean(d, -1, keepdims=True)
+  d = scale * (d - wide * jnp.mean(wide * d, -1, keepdims=True))
+  return (d.astype(gradient.dtype),)
+
+
+_normalise.defvjp(_normalise_forward, _normalise_backward)
+
+
+@jax.custom_vjp
+def _sigmoid(x: jax.Array) -> jax.Array:
+  return jax.nn.sigmoid(x)
+
+
+def _sigmoid_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+  y = jax.nn.sigmoid(x)
+  return y, y
+
+
+def _sigmoid_backward(y: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+  return (gradient * y * (1 - y),)
+
+
+_sigmoid.defvjp(_sigmoid_forward, _sigmoid_backward)
+
+
+@jax.custom_vjp
+def _swish_gate(x: jax.Array, gate: jax.Array, factor: jax.Array) -> jax.Array:
+  """Product of x, silu(gate) and the factor."""
+  return jax.nn.silu(gate) * x * factor
+
+
+def _swish_gate_forward(x, gate, factor) -> tuple[jax.Array, Any]:
+  return _swish_gate(x, gate, factor), (x, gate, factor)
+
+
+def _swish_gate_backward(kept: Any, gradient: jax.Array) -> tuple:
+  x, gate, factor = kept
+  sigmoid = jax.nn.sigmoid(gate)
+  silu = gate * sigmoid
+  d_silu = sigmoid + silu * (1 - sigmoid)
+  return (
+    gradient * silu * factor,
+    gradient * x * factor * d_silu,
+    gradient * x * silu,
+  )
+
+
+_swish_gate.defvjp(_swish_gate_forward, _swish_gate_backward)
 
 
 # Haiku modules.
@@ -466,7 +596,7 @@ class AttentionPairBias(hk.Module):
     table = attention_parameters(x.shape[-1], self.num_head, pair_channels)
     params = pm.haiku_parameters(table, hm.parameter_dtype(x))
     bias = pair_bias(params, 'proj_z', pair) if project_pair else pair
-    return attention_pair_bias(params, x, _heads_first(bias), mask)
+    return attention_pair_bias(params, x, _heads_first(bias, mask), mask)
 
 
 class DiffusionTransformer(hk.Module):
@@ -541,7 +671,7 @@ class DiffusionTransformer(hk.Module):
       )
       biases = jnp.split(pair, self.depth, -1)
     return diffusion_transformer(
-      params, a, s, [_heads_first(x) for x in biases], mask
+      params, a, s, [_heads_first(x, mask) for x in biases], mask
     )
 
 
@@ -563,9 +693,9 @@ class AtomTransformer(hk.Module):
     return inner(q, c, p, mask)
 
 
-def _heads_first(bias: jax.Array) -> jax.Array:
-  """[n_window, n_query, n_key, n_head] with the heads second."""
-  return jnp.moveaxis(bias, -1, 1)
+def _heads_first(bias: jax.Array, mask: jax.Array) -> jax.Array:
+  """[n_window, n_query, n_key, n_head], masked and with the heads second."""
+  return masked_bias(jnp.moveaxis(bias, -1, 1), mask)
 
 
 def _check(mask: jax.Array, pair: jax.Array, **acts: jax.Array) -> None:

@@ -54,7 +54,9 @@ def encoder_decoder(golden: Golden) -> Iterator[Comparison]:
     if name.startswith('cotangent_')
   }
 
-  def loss(params: Any, floats: Any) -> tuple[jax.Array, dict[str, jax.Array]]:
+  def loss(
+    params: Any, floats: Any, features: Any
+  ) -> tuple[jax.Array, dict[str, jax.Array]]:
     found = outputs(config, params, features, floats)
     terms = [jnp.sum(found[name] * x) for name, x in cotangents.items()]
     return sum(terms, jnp.zeros(())), found
@@ -62,9 +64,9 @@ def encoder_decoder(golden: Golden) -> Iterator[Comparison]:
   gradients: Any = None
   if cotangents:
     run = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
-    (_, found), gradients = run(params, floats)
+    (_, found), gradients = run(params, floats, features)
   else:
-    _, found = jax.jit(loss)(params, floats)
+    _, found = jax.jit(loss)(params, floats, features)
   found = {**found, **pairs(config, params, features, floats)}
   if 'keys_probe' in inputs:
     probe = jax.vmap(windows.key_windows, (0, None, None))(
@@ -166,11 +168,6 @@ def outputs(
     found['r_update'] = flat(updates(params, context, token_act, atoms))
   found['q0'], found['c0'] = context.queries, context.conditioning
   found['c'] = jnp.repeat(context.conditioning, samples, 0)
-  if isinstance(config, boltz.Boltz2AtomAttentionConfig):
-    for name, part in (('enc', context.encoder), ('dec', context.decoder)):
-      if part is not None:
-        bias = jnp.concatenate(part.biases, 2)
-        found[f'atom_{name}_bias'] = jnp.moveaxis(bias, 2, -1)
   return found
 
 
@@ -180,7 +177,7 @@ def pairs(
   features: boltz.BoltzAtomFeatures,
   floats: Mapping[str, Any],
 ) -> dict[str, jax.Array]:
-  """The atom pair, `p`, which the lean functions never hold."""
+  """The atom pair and Boltz-2's biases, which the lean functions never hold."""
   own = boltz.embedding_parameters(config, params)
 
   @jax.jit
@@ -198,7 +195,18 @@ def pairs(
 
     return jax.vmap(one)(features, single, z)
 
-  return {'p': pair(features, floats.get('s_trunk'), floats.get('z'))}
+  p = pair(features, floats.get('s_trunk'), floats.get('z'))
+  found = {'p': p}
+  if isinstance(config, boltz.Boltz2AtomAttentionConfig):
+    for part in ('enc', 'dec'):
+      layers = [
+        bt.pair_bias(params, name, p)
+        for name in boltz.bias_projections(config)
+        if f'atom_{part}_proj_z' in name
+      ]
+      if layers:
+        found[f'atom_{part}_bias'] = jnp.concatenate(layers, -1)
+  return found
 
 
 def blocks(golden: Golden) -> Iterator[Comparison]:

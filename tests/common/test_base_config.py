@@ -79,7 +79,11 @@ def values_of(hint) -> st.SearchStrategy:
     bool: st.booleans(),
     # Powers of two satisfy most rules of the kind "a must divide b".
     int: st.integers(0, 70).map(lambda exponent: 2**exponent),
-    float: st.floats(allow_nan=False),
+    # Rates and the like, mostly: these satisfy most rules on numbers.
+    float: st.one_of(
+      *[st.floats(0, 1, exclude_min=True, exclude_max=True)] * 3,
+      st.floats(allow_nan=False),
+    ),
     str: st.text(),
   }[hint]
 

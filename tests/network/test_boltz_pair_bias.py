@@ -44,7 +44,7 @@ def problem(layout, with_tokens=True):
       normal(C_PAIR),
       token,
     )
-  sizes = kernel.Sizes(n_query, n_key, HEADS)
+  sizes = kernel.Sizes(n_query, n_key, HEADS, -7.0)
   return sizes, jax.tree.map(jnp.asarray, (weights, atoms, tokens))
 
 
@@ -118,7 +118,7 @@ def test_blocked_biases_memory_grows_with_atoms_not_with_pairs():
       array(2),
       array(n_atom, dtype=jnp.int32),
     )
-    sizes = kernel.Sizes(8, 32, (2, 1))
+    sizes = kernel.Sizes(8, 32, (2, 1), -7.0)
     jaxpr = jax.make_jaxpr(kernel.blocked_biases, static_argnums=0)(
       sizes, weights, atoms, tokens
     )

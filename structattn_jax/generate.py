@@ -266,6 +266,7 @@ def generate(
   for track in tracks.context:
     texts[track] = (str(given[track]),) * num
   complexes: dict[str, Any] = {}
+  fixed: dict[str, Any] = {}
   for track in (*tracks.generated, *tracks.context):
     if track in tracks.generated:
       ids = np.asarray(found.tokens[track])
@@ -275,13 +276,19 @@ def generate(
         for row, keep in zip(ids, mask, strict=True)
       )
       complexes |= {track: ids, f'{track}_mask': mask}
+      fixed[track] = inputs[f'{track}_fixed']
     else:
       complexes[track] = np.tile(inputs[track], (num, 1))
   result = jax.jit(
-    lambda params, key, clean: discrete_diffusion.perplexity_bound(
-      model.config, params, key, clean, mode=mode, noise=noise
+    lambda params, key, clean, fixed: discrete_diffusion.perplexity_bound(
+      model.config, params, key, clean, mode=mode, noise=noise, fixed=fixed
     )
-  )(model.params, bound_key, discrete_diffusion.ProteinLigand(**complexes))
+  )(
+    model.params,
+    bound_key,
+    discrete_diffusion.ProteinLigand(**complexes),
+    fixed,
+  )
   return Samples(
     mode=mode,
     protein=texts['protein'],

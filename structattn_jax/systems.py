@@ -17,8 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from structattn_jax.components import parameters as pm
 from structattn_jax.network import atom_cross_attention as aca
 from structattn_jax.network import (
+  atom_layout,
   boltz_encoders,
   boltz_token_attention,
   sedd_dual_track,
@@ -141,6 +143,87 @@ def atom_cross_attention(config: aca.AtomCrossAttentionConfig) -> System:
       'tokens': 'n_token c_token',
       'atom_to_token': 'n_atom',
       'atom_mask': 'n_atom',
+    },
+  )
+
+
+def atom_cross_att(
+  config: aca.AtomCrossAttConfig, plan: atom_layout.WindowPlan
+) -> System:
+  """AF3's own atom encoder and decoder over the windows of a plan."""
+
+  def run(params: hk.Params, **inputs: Any) -> dict[str, jax.Array]:
+    names = ('positions', 'trunk_single_cond', 'trunk_pair_cond', 'token_act')
+    positions, single, pair, token_act = (
+      inputs.pop(name, None) for name in names
+    )
+    ref = atom_layout.RefStructure(**inputs)
+    conditioning = aca.precompute(
+      params, plan, ref, single, pair, config=config
+    )
+    encoding = aca.encode(params, conditioning, positions, config=config)
+    skip = encoding.skip_connection
+    found = {'token_act': encoding.token_act, 'skip_connection': skip}
+    if token_act is not None:
+      update = aca.decode(params, conditioning, token_act, skip, config=config)
+      found['position_update'] = update.astype(skip.dtype)
+    return found
+
+  def init(key: jax.Array, **inputs: Any) -> hk.Params:
+    def channels(name: str) -> int | None:
+      return inputs[name].shape[-1] if name in inputs else None
+
+    table = aca.atom_cross_att_parameters(
+      config,
+      positions='positions' in inputs,
+      single_channels=channels('trunk_single_cond'),
+      pair_channels=channels('trunk_pair_cond'),
+      decoder='token_act' in inputs,
+    )
+    params = pm.init_parameters(table, key)
+    jax.eval_shape(run, params, **inputs)  # For its checks.
+    return params
+
+  def oracle(params: hk.Params, inputs: Inputs) -> dict[str, np.ndarray]:
+    values = float64(inputs)
+    names = ('positions', 'trunk_single_cond', 'trunk_pair_cond', 'token_act')
+    options = {name: values.pop(name, None) for name in names}
+    key_uid = plan.official_key_space_uid
+    if config.uid_rule == 'corrected':
+      key_uid = plan.space_uid
+    atoms = {
+      **values,
+      'token_index': np.asarray(plan.token_index),
+      'mask': np.asarray(plan.atom_mask),
+      'query_uid': np.asarray(plan.space_uid),
+      'key_uid': np.asarray(key_uid),
+    }
+    return aca_reference.atom_cross_att(
+      {module: float64(arrays) for module, arrays in params.items()},
+      atoms,
+      plan.num_tokens,
+      num_queries=plan.num_queries,
+      num_keys=plan.num_keys,
+      padded_keys=config.padded_keys,
+      **options,
+    )
+
+  return System(
+    'af3_atom_encoder_decoder',
+    'AlphaFold 3 atom cross attention encoder and decoder',
+    'Abramson et al. 2024, Suppl. Algs. 5-7 and 24-26',
+    hk.Transformed(init, run),
+    oracle,
+    {
+      'ref_pos': 'n_atom 3',
+      'ref_mask': 'n_atom',
+      'ref_element': 'n_atom',
+      'ref_charge': 'n_atom',
+      'ref_atom_name_chars': 'n_atom 4',
+      'positions': 'n_atom 3',
+      'trunk_single_cond': 'n_token c_s',
+      'trunk_pair_cond': 'n_token n_token c_z',
+      'token_act': 'n_token c_token',
     },
   )
 

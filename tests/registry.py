@@ -16,8 +16,9 @@ import numpy as np
 from structattn_jax import systems
 from structattn_jax.components import parameters as pm
 from structattn_jax.network import atom_cross_attention as aca
-from structattn_jax.network import boltz_encoders
+from structattn_jax.network import atom_layout, boltz_encoders, boltz_parameters
 from structattn_jax.network import boltz_token_attention as boltz
+from structattn_jax.network import diffusion_transformer as dt
 from structattn_jax.network import invariant_point_attention as ipa
 from structattn_jax.network import pallatom_atom_transformers as pallatom
 from structattn_jax.network import sedd_dual_track as sedd
@@ -218,6 +219,65 @@ def _atom_cross_attention_case(name: str, options: dict[str, Any]) -> Case:
   )
 
 
+def _atom_cross_att_case() -> Case:
+  # With this seed no input of a relu is near its kink.
+  rng = np.random.default_rng(6)
+  token = [0, 0, 1, 1, 1, 3, 3, 3, 4, 4, 4]
+  n_token, transformer = (
+    5,
+    dt.CrossAttTransformerConfig(
+      num_blocks=2,
+      attention=dt.CrossAttentionConfig(num_head=2, key_dim=4, value_dim=6),
+    ),
+  )
+  plan = atom_layout.build_window_plan(
+    token, [0, 0, 1, 2, 0], num_queries=4, num_keys=8, num_slots=4
+  )
+  n_atom = plan.n_atom
+  config = aca.AtomCrossAttConfig(
+    per_token_channels=8,
+    per_atom_channels=6,
+    per_atom_pair_channels=3,
+    atom_transformer=transformer,
+    window_chunk=1,
+  )
+  system = systems.atom_cross_att(config, plan)
+  table = aca.atom_cross_att_parameters(
+    config, single_channels=5, pair_channels=4
+  )
+  inputs = {
+    'ref_pos': _normal(rng, n_atom, 3),
+    'ref_mask': np.arange(n_atom) != 3,
+    'ref_element': rng.integers(-1, 129, n_atom).astype(np.int32),
+    'ref_charge': rng.integers(-1, 2, n_atom).astype(np.float32),
+    'ref_atom_name_chars': rng.integers(-1, 65, (n_atom, 4)).astype(np.int32),
+    'positions': _normal(rng, n_atom, 3),
+    'trunk_single_cond': _normal(rng, n_token, 5),
+    'trunk_pair_cond': _normal(rng, n_token, n_token, 4),
+    'token_act': _normal(rng, n_token, 8),
+  }
+  return Case(
+    'af3_atom_encoder_decoder',
+    system,
+    lambda **inputs: system.transformed.apply(
+      pm.haiku_parameters(table), **inputs
+    ),
+    inputs,
+    # The plan says which atoms are padding: see test_atom_cross_attention.py.
+    paddings=(),
+    bfloat16_system=systems.atom_cross_att(
+      dataclasses.replace(config, bfloat16=True), plan
+    ),
+    degenerate={
+      'no_conformer': {'ref_mask': np.zeros(n_atom, bool)},
+      'coincident_atoms': {'ref_pos': np.zeros((n_atom, 3), np.float32)},
+      'constant_tokens': {
+        'trunk_single_cond': np.ones((n_token, 5), np.float32)
+      },
+    },
+  )
+
+
 def _token_attention_case() -> Case:
   rng = np.random.default_rng(3)
   n_atom, c_atom = len(_ATOM_TO_TOKEN), 8
@@ -275,7 +335,7 @@ def _boltz_case(name: str, config: boltz_encoders.Config) -> Case:
   token_inputs = ('single', 'pair', 'token_act', 'res_type', 'modified')
   token_inputs += ('mol_type',)
   system = systems.boltz_atom_attention(config, n_token)
-  table = boltz_encoders.atom_attention_parameters(config)
+  table = boltz_parameters.atom_attention_parameters(config)
   return Case(
     name,
     system,
@@ -444,6 +504,8 @@ CASES: dict[str, Case] = {
     _atom_cross_attention_case(
       'af3_atom_cross_attention_dense', {'implementation': 'dense'}
     ),
+    # Windows shifted at both ends; a token without atoms.
+    _atom_cross_att_case(),
     _token_attention_case(),
     _boltz_case(
       'boltz1_atom_attention',

@@ -85,6 +85,21 @@ PRESETS = {
     sa.AtomTransformerConfig,
     {'num_block': 3, 'num_head': 4},
   ),
+  'pallatom_atom_feature_encoder': (
+    sa.AtomFeatureEncoderConfig,
+    {
+      'c_atom': 128,
+      'c_pair': 16,
+      'c_out': 256,
+      'num_block': 2,
+      'num_head': 4,
+      'window_size': 32,
+    },
+  ),
+  'pallatom_atom_attention_decoder': (
+    sa.AtomAttentionDecoderConfig,
+    {'num_block': 3, 'num_head': 4, 'window_size': 32},
+  ),
   'sedd_dual_track': (
     sa.DualTrackConfig,
     {
@@ -143,17 +158,18 @@ PRESETS = {
         'joint',
       ],
       'noise': 'loglinear',
-      'steps': 2400,
+      'steps': 1600,
       'batch_size': 8,
       'seed': 0,
       'log_every': 10,
-      'evaluate_every': 600,
-      'checkpoint_every': 300,
+      'evaluate_every': 400,
+      'checkpoint_every': 200,
       'data': {
         'path': 'bundled',
         'protein_buckets': [256],
         'ligand_buckets': [64],
         'learn_ligand_length': True,
+        'keep_ends': True,
       },
       'model': {
         'hidden_size': 128,

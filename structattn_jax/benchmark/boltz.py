@@ -33,6 +33,7 @@ import numpy as np
 from structattn_jax.benchmark import harness
 from structattn_jax.components import parameters as pm
 from structattn_jax.network import boltz_encoders as be
+from structattn_jax.network import boltz_parameters as bp
 from structattn_jax.network import boltz_transformers as bt
 
 Mode = Literal[
@@ -147,7 +148,7 @@ def inputs(mode: Mode, n_atom: int) -> tuple[Any, ...]:
       )
       for name, p in arrays.items()
     }
-    for module, arrays in be.atom_attention_parameters(config).items()
+    for module, arrays in bp.atom_attention_parameters(config).items()
   }
   token = np.arange(n_atom) // _ATOMS_PER_TOKEN
   features = be.BoltzAtomFeatures(

@@ -105,11 +105,11 @@ class BaseConfig:
   def to_toml(self) -> str:
     """Returns the config as TOML text that `from_toml` reads back equal.
 
-    Fields that are None are left out, as TOML has no null; a field whose
-    default is not None can therefore not be stored as None.
+    TOML has no null: fields that are None are left out or, where the default is
+    something else, written as the string 'none'.
 
     Raises:
-      ValueError: if a None cannot be represented.
+      ValueError: if a None cannot be represented, in a field that takes strings.
     """
     return '\n'.join(_toml_lines(self)) + '\n'
 
@@ -121,6 +121,8 @@ def _check_type(where: str, value: Any, hint: Any) -> Any:
     if value is None and type(None) in options:
       return None
     options = [option for option in options if option is not type(None)]
+    if value == 'none' and str not in options:  # TOML has no null.
+      return None
     if len(options) == 1:
       return _check_type(where, value, options[0])
     raise TypeError(f'{where}: unions other than `X | None` are not supported')
@@ -178,7 +180,11 @@ def _toml_lines(config: BaseConfig, prefix: str = '') -> list[str]:
     elif value is not None:
       where = f'{type(config).__name__}.{field.name}'
       lines.append(f'{field.name} = {_toml_value(where, value)}')
-    elif field.default is not None:
+    elif field.default is None:
+      continue
+    elif not isinstance(field.default, str):
+      lines.append(f"{field.name} = 'none'")
+    else:
       raise ValueError(
         f'{type(config).__name__}.{field.name}: None cannot be written to '
         f'TOML because the default is {field.default!r}'

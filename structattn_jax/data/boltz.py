@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from structattn_jax.data.feature_types import ComplexFeatures
@@ -31,19 +33,19 @@ def boltz_atom_features(
   """
   atoms = features.atoms
   known = atoms.ref_mask & atoms.mask
-  own = BoltzAtomFeatures(
-    ref_pos=np.where(known[:, None], atoms.ref_pos, 0).astype(np.float32),
-    ref_charge=np.where(atoms.mask, atoms.ref_charge, 0).astype(np.float32),
-    ref_element=np.where(
+  arrays: dict[str, Any] = {
+    'ref_pos': np.where(known[:, None], atoms.ref_pos, 0).astype(np.float32),
+    'ref_charge': np.where(atoms.mask, atoms.ref_charge, 0).astype(np.float32),
+    'ref_element': np.where(
       atoms.mask, np.minimum(atoms.ref_element, _NUM_ELEMENTS - 1), -1
     ).astype(np.int32),
-    ref_atom_name_chars=np.where(
+    'ref_atom_name_chars': np.where(
       atoms.mask[:, None], atoms.ref_atom_name_chars, -1
     ).astype(np.int32),
-    ref_space_uid=np.where(atoms.mask, atoms.ref_space_uid, 0),
-    atom_mask=atoms.mask,
-    atom_to_token=np.where(atoms.mask, atoms.token_index, -1),
-    num_tokens=features.n_token,
-  )
+    'ref_space_uid': np.where(atoms.mask, atoms.ref_space_uid, 0),
+    'atom_mask': atoms.mask,
+    'atom_to_token': np.where(atoms.mask, atoms.token_index, -1),
+  }
+  own = BoltzAtomFeatures(**arrays, num_tokens=features.n_token)
   n_window = -(-len(atoms.mask) // atoms_per_window)
   return own.pad(n_window * atoms_per_window)

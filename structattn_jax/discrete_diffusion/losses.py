@@ -202,6 +202,7 @@ def corrupt(
   mode: network.Mode = 'joint',
   noise: noise_lib.Noise = noise_lib.DEFAULT,
   graphs: Mapping[str, graph_lib.Graph] | None = None,
+  fixed: Mapping[str, jax.Array] | None = None,
 ) -> ProteinLigand:
   """Noises the tracks that a mode generates; contexts stay clean.
 
@@ -213,6 +214,7 @@ def corrupt(
     mode: what is generated from what.
     noise: schedule.
     graphs: forward processes by track; None is absorbing.
+    fixed: [B, n] bool by track, True = stays clean; None = nowhere.
 
   Returns:
     The batch with noised tokens. Masked-out tokens are noised like others; they
@@ -221,15 +223,13 @@ def corrupt(
   sigma = noise.total(t)[:, None]
   graphs = graphs or graphs_of(config)
   keys = dict(zip(graphs, jax.random.split(key), strict=True))
-  return dataclasses.replace(
-    clean,
-    **{
-      track: graphs[track].sample_transition(
-        keys[track], getattr(clean, track), sigma
-      )
-      for track in network.tracks_of(mode).generated
-    },
-  )
+  noised = {}
+  for track in network.tracks_of(mode).generated:
+    tokens = getattr(clean, track)
+    noised[track] = graphs[track].sample_transition(keys[track], tokens, sigma)
+    if fixed and track in fixed:
+      noised[track] = jnp.where(fixed[track], tokens, noised[track])
+  return dataclasses.replace(clean, **noised)
 
 
 def dual_track_loss(
@@ -365,6 +365,7 @@ def perplexity_bound(
   mode: network.Mode = 'joint',
   noise: noise_lib.Noise = noise_lib.DEFAULT,
   graphs: Mapping[str, graph_lib.Graph] | None = None,
+  fixed: Mapping[str, jax.Array] | None = None,
   num_times: int = 16,
   minimum: float = 1e-5,
 ) -> PerplexityBound:
@@ -388,6 +389,8 @@ def perplexity_bound(
       for 'ligand_given_protein'.
     noise: schedule.
     graphs: forward processes by track; None is absorbing.
+    fixed: [B, n] bool by track, True = given; then this bounds -log p of the
+      other tokens given these. None = nowhere.
     num_times: static, number of times per complex; the work grows with it.
     minimum: smallest time.
 
@@ -403,20 +406,30 @@ def perplexity_bound(
     time_key, num_times * batch_size, minimum=minimum, stratified=True
   ).reshape(num_times, batch_size)
 
+  counted = {}
+  for track in tracks:
+    mask = getattr(clean, f'{track}_mask')
+    mask = jnp.ones(getattr(clean, track).shape, bool) if mask is None else mask
+    counted[track] = mask & ~fixed[track] if fixed and track in fixed else mask
+
   def one(total, inputs):
     t, key = inputs
     noised = corrupt(
-      config, key, clean, t, mode=mode, noise=noise, graphs=graphs
+      config,
+      key,
+      clean,
+      t,
+      mode=mode,
+      noise=noise,
+      graphs=graphs,
+      fixed=fixed,
     )
     found = dual_track_loss(
       config, params, clean, noised, t, mode=mode, noise=noise, graphs=graphs
     )
     for track in tracks:
       weighted = getattr(found, f'{track}_weighted')
-      mask = getattr(clean, f'{track}_mask')
-      if mask is not None:
-        weighted = jnp.where(mask, weighted, 0)
-      total[track] += jnp.sum(weighted) / num_times
+      total[track] += jnp.sum(jnp.where(counted[track], weighted, 0))
     return total, None
 
   keys = jax.random.split(corruption_key, num_times)
@@ -428,11 +441,11 @@ def perplexity_bound(
     if track not in tracks:
       found |= {f'{track}_nats': None, f'{track}_tokens': None}
       continue
-    mask = getattr(clean, f'{track}_mask')
-    shape = getattr(clean, track).shape
-    count = jnp.sum(jnp.ones(shape) if mask is None else mask)
+    count = jnp.sum(counted[track])
     prior = prior_divergence(graphs[track], noise)
-    found[f'{track}_nats'] = nats[track] * (1 - minimum) + prior * count
+    found[f'{track}_nats'] = (
+      nats[track] / num_times * (1 - minimum) + prior * count
+    )
     found[f'{track}_tokens'] = count.astype(jnp.float32)
   return PerplexityBound(**found)
 

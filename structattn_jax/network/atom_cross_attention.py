@@ -1055,7 +1055,7 @@ def _atom_features(
   def lookup(table: jax.Array, index: jax.Array) -> jax.Array:
     # Negative ones would count from the end.
     index = jnp.where(index < 0, table.shape[0], index)
-    return table.at[index].get(mode='fill', fill_value=0)
+    return jnp.asarray(table).at[index].get(mode='fill', fill_value=0)
 
   act = dt.linear(params, ref.ref_pos, f'{name}_embed_ref_pos', 'highest')
   act += weights('embed_ref_mask') + charge * weights('embed_ref_charge')

@@ -1,4 +1,4 @@
-"""Boltz's atom attention as Haiku modules, in the published form.
+"""Boltz's transformers and atom attention as Haiku modules, as published.
 
 Mirrors boltz `model/modules/be.py`, `encodersv2.py` and
 `diffusion_conditioning.py` @ 832486d, module by module: each holds the
@@ -23,6 +23,7 @@ from structattn_jax.components.parameters import Params
 from structattn_jax.network import boltz_conditioning as conditioning
 from structattn_jax.network import boltz_encoders as be
 from structattn_jax.network import boltz_features as bf
+from structattn_jax.network import boltz_parameters as bp
 from structattn_jax.network import boltz_transformers as bt
 from structattn_jax.network.boltz_features import BoltzAtomFeatures
 
@@ -81,7 +82,7 @@ class Boltz1AtomAttentionEncoder(hk.Module):
     bf.check_inputs(config, features, single, pair)
     features = bf.without_padding(features)
     dtype = hm.parameter_dtype(jnp.asarray(features.ref_pos))
-    params = pm.haiku_parameters(be.attention_encoder_parameters(config), dtype)
+    params = pm.haiku_parameters(bp.attention_encoder_parameters(config), dtype)
     queries, c = be.atom_conditioning(params, config, features, single)
     bf.check_positions(config, positions, queries)
     embedding = AtomEmbedding(
@@ -127,7 +128,7 @@ class Boltz1AtomAttentionDecoder(hk.Module):
     """
     bf.check_decoder_inputs(self.config, token_act, atoms, features.num_tokens)
     params = pm.haiku_parameters(
-      be.attention_decoder_parameters(self.config),
+      bp.attention_decoder_parameters(self.config),
       hm.parameter_dtype(atoms),
     )
     stack = pm.below(params, 'atom_decoder/diffusion_transformer/')
@@ -156,7 +157,7 @@ class Boltz2AtomEncoder(hk.Module):
     bf.check_inputs(self.config, features, single, pair)
     features = bf.without_padding(features)
     dtype = hm.parameter_dtype(jnp.asarray(features.ref_pos))
-    params = pm.haiku_parameters(be.atom_encoder_parameters(self.config), dtype)
+    params = pm.haiku_parameters(bp.atom_encoder_parameters(self.config), dtype)
     queries, c = be.atom_conditioning(params, self.config, features, single)
     return AtomEmbedding(
       queries, c, be.atom_pair(params, self.config, features, c, pair)
@@ -196,7 +197,7 @@ class Boltz2AtomAttentionEncoder(hk.Module):
     """
     bf.check_positions(self.config, positions, embedding.queries)
     params = pm.haiku_parameters(
-      be.attention_encoder_parameters(self.config),
+      bp.attention_encoder_parameters(self.config),
       hm.parameter_dtype(embedding.queries),
     )
     stack = pm.below(params, 'atom_encoder/diffusion_transformer/')
@@ -241,7 +242,7 @@ class Boltz2AtomAttentionDecoder(hk.Module):
     """
     bf.check_decoder_inputs(self.config, token_act, atoms, features.num_tokens)
     params = pm.haiku_parameters(
-      be.attention_decoder_parameters(self.config),
+      bp.attention_decoder_parameters(self.config),
       hm.parameter_dtype(atoms),
     )
     stack = pm.below(params, 'atom_decoder/diffusion_transformer/')
@@ -307,7 +308,7 @@ class Boltz2DiffusionConditioning(hk.Module):
       relative_position=(relative_position, 'n_token n_token token_z'),
     )
     params = pm.haiku_parameters(
-      be.diffusion_conditioning_parameters(config),
+      bp.diffusion_conditioning_parameters(config),
       hm.parameter_dtype(pair),
     )
     z = conditioning.pairwise_conditioning(
@@ -364,3 +365,220 @@ def _projected(stack: Params, pair: jax.Array) -> list[jax.Array]:
 def _given(bias: jax.Array, depth: int) -> list[jax.Array]:
   """Boltz-2's biases of each layer, heads first."""
   return [jnp.moveaxis(x, -1, 1) for x in jnp.split(bias, depth, -1)]
+
+
+# Transformers.
+
+
+class AdaLN(hk.Module):
+  """Adaptive layer norm, Alg. 26; see `ada_ln`."""
+
+  def __call__(self, a: jax.Array, s: jax.Array) -> jax.Array:
+    """Maps [..., c] and [..., c_cond] to [..., c]."""
+    table = bt.ada_ln_parameters(a.shape[-1], s.shape[-1])
+    return bt.ada_ln(pm.haiku_parameters(table, hm.parameter_dtype(a)), a, s)
+
+
+class ConditionedTransitionBlock(hk.Module):
+  """Conditioned transition, Alg. 25, with Boltz's third factor.
+
+    x  = AdaLN(a, s),  [x1 | x2] = Linear(x)
+    da = sigmoid(Linear(s)) Linear(silu(x2) x1 Linear(x))
+
+  Args of the constructor:
+    expansion_factor: hidden channels per channel.
+    name: module name.
+  """
+
+  def __init__(self, *, expansion_factor: int = 2, name: str = 'transition'):
+    super().__init__(name=name)
+    self.expansion_factor = expansion_factor
+
+  def __call__(self, a: jax.Array, s: jax.Array) -> jax.Array:
+    """Returns the update [..., c] of [..., c] given [..., c_cond]."""
+    table = bt.transition_parameters(
+      a.shape[-1], s.shape[-1], self.expansion_factor
+    )
+    params = pm.haiku_parameters(table, hm.parameter_dtype(a))
+    return bt.conditioned_transition(params, a, s)
+
+
+class AttentionPairBias(hk.Module):
+  """Gated attention with pair bias over windows, Alg. 24; the inner one.
+
+    l_ij = q_i . k_j / sqrt(d_head) + bias_ij,  out = W_o (sigmoid(g) A v)
+
+  Only the queries have a bias. The layer norms around it belong to the layer.
+
+  Args of the constructor:
+    num_head: number of heads.
+    name: module name.
+  """
+
+  def __init__(self, num_head: int, *, name: str = 'pair_bias_attn'):
+    super().__init__(name=name)
+    self.num_head = num_head
+
+  def __call__(
+    self,
+    x: jax.Array,
+    pair: jax.Array,
+    mask: jax.Array,
+    *,
+    project_pair: bool = True,
+  ) -> jax.Array:
+    """Returns [n_atom, c].
+
+    Args:
+      x: [n_atom, c] float.
+      pair: [n_window, n_query, n_key, c_pair] float, projected to the bias
+        with `proj_z` as in Boltz-1; without `project_pair` the bias itself,
+        [n_window, n_query, n_key, n_head], as in Boltz-2.
+      mask: [n_atom] bool, True = keep, of the keys.
+      project_pair: whether there is `proj_z`.
+    """
+    _check(mask, pair, x=x)
+    pair_channels = pair.shape[-1] if project_pair else None
+    table = bt.attention_parameters(x.shape[-1], self.num_head, pair_channels)
+    params = pm.haiku_parameters(table, hm.parameter_dtype(x))
+    bias = bt.pair_bias(params, 'proj_z', pair) if project_pair else pair
+    return bt.attention_pair_bias(params, x, _heads_first(bias, mask), mask)
+
+
+class DiffusionTransformer(hk.Module):
+  """Layers of attention with pair bias and conditioned transition, Alg. 23.
+
+  Each layer of Boltz-1 projects the pair to its bias; in Boltz-2 the biases of
+  all layers are given, layer after layer on the last axis.
+
+  Args of the constructor:
+    depth: number of layers.
+    num_head: number of heads.
+    project_pair: True for Boltz-1.
+    post_layer_norm: whether each layer ends with a layer norm (Boltz-2).
+    name: module name.
+  """
+
+  def __init__(
+    self,
+    depth: int,
+    num_head: int,
+    *,
+    project_pair: bool = True,
+    post_layer_norm: bool = False,
+    name: str = 'diffusion_transformer',
+  ):
+    super().__init__(name=name)
+    self.depth = depth
+    self.num_head = num_head
+    self.project_pair = project_pair
+    self.post_layer_norm = post_layer_norm
+
+  def __call__(
+    self, a: jax.Array, s: jax.Array, pair: jax.Array, mask: jax.Array
+  ) -> jax.Array:
+    """Returns new activations.
+
+    Args:
+      a: [n_atom, c] float.
+      s: [n_atom, c_cond] float.
+      pair: [n_atom, n_atom, c_pair] float for attention among all rows, or
+        [n_window, n_query, n_key, c_pair] over windows; c_pair is depth *
+        num_head if biases are given.
+      mask: [n_atom] bool, True = keep.
+
+    Returns:
+      [n_atom, c] in the dtype of `a`.
+
+    Raises:
+      ValueError: on a wrong shape.
+      TypeError: on a wrong dtype.
+    """
+    if pair.ndim == 3:
+      pair = pair[None]
+    _check(mask, pair, a=a, s=s)
+    table = bt.diffusion_transformer_parameters(
+      self.depth,
+      self.num_head,
+      a.shape[-1],
+      s.shape[-1],
+      pair.shape[-1] if self.project_pair else None,
+      post_layer_norm=self.post_layer_norm,
+    )
+    params = pm.haiku_parameters(table, hm.parameter_dtype(a))
+    if self.project_pair:
+      biases = [
+        bt.pair_bias(own, 'pair_bias_attn/proj_z', pair)
+        for own in bt.layers(params)
+      ]
+    else:
+      checks.check_shapes(
+        {'n_bias': self.depth * self.num_head},
+        pair=(pair, 'n_window n_query n_key n_bias'),
+      )
+      biases = jnp.split(pair, self.depth, -1)
+    return bt.diffusion_transformer(
+      params, a, s, [_heads_first(x, mask) for x in biases], mask
+    )
+
+
+class AtomTransformer(hk.Module):
+  """The diffusion transformer over windows of atoms, Alg. 7.
+
+  Args of the constructor: as `DiffusionTransformer`.
+  """
+
+  def __init__(
+    self,
+    depth: int,
+    num_head: int,
+    *,
+    project_pair: bool = True,
+    post_layer_norm: bool = False,
+    name: str = 'atom_transformer',
+  ):
+    super().__init__(name=name)
+    self.depth = depth
+    self.num_head = num_head
+    self.project_pair = project_pair
+    self.post_layer_norm = post_layer_norm
+
+  def __call__(
+    self, q: jax.Array, c: jax.Array, p: jax.Array, mask: jax.Array
+  ) -> jax.Array:
+    """Returns new activations, [n_atom, c].
+
+    Args:
+      q: [n_atom, c] float.
+      c: [n_atom, c_cond] float.
+      p: [n_window, n_query, n_key, c_pair] float.
+      mask: [n_atom] bool, True = keep.
+    """
+    transformer = DiffusionTransformer(
+      self.depth,
+      self.num_head,
+      project_pair=self.project_pair,
+      post_layer_norm=self.post_layer_norm,
+    )
+    return transformer(q, c, p, mask)
+
+
+def _heads_first(bias: jax.Array, mask: jax.Array) -> jax.Array:
+  """[n_window, n_query, n_key, n_head], masked and with the heads second."""
+  return bt.masked_bias(jnp.moveaxis(bias, -1, 1), mask)
+
+
+def _check(mask: jax.Array, pair: jax.Array, **acts: jax.Array) -> None:
+  """Shapes and dtypes of a transformer's arguments."""
+  sizes = checks.check_shapes(
+    mask=(mask, 'n_atom'),
+    **{name: (x, f'n_atom c_{name}') for name, x in acts.items()},
+    pair=(pair, 'n_window n_query n_key c_pair'),
+  )
+  checks.check_dtypes('floating', pair=pair, **acts)
+  checks.check_dtypes('bool', mask=mask)
+  if sizes['n_window'] * sizes['n_query'] != sizes['n_atom']:
+    raise ValueError(
+      f'pair: expected n_window * n_query = {sizes["n_atom"]} atoms from '
+      f"'mask', got {sizes['n_window']} windows of {sizes['n_query']}"
+    )

@@ -5,7 +5,8 @@ transformer), 24 (attention with pair bias), 25 (conditioned transition) and 26
 (adaptive layer norm). Mirrors boltz `model/modules/transformers.py`,
 `transformersv2.py` and `model/layers/attention.py`, `attentionv2.py` @ 832486d.
 
-Everything is a pure function of a parameter tree; the Haiku modules wrap them.
+Everything is a pure function of a parameter tree; `boltz_modules` has the Haiku
+modules.
 Names are upstream's: the torch module `a.0.b` is the Haiku module `a_0/b`, its
 `weight` [out, in] is `weights` [in, out], or `scale` with `offset` for its
 `bias` in a layer norm. Upstream's state dicts hold `output_projection.0` as a
@@ -29,11 +30,10 @@ conditioning alone (`LayerTerms`, pair biases) can be computed in advance.
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import haiku as hk
 import jax
 import jax.numpy as jnp
 
-from structattn_jax.common import checks, numerics
+from structattn_jax.common import numerics
 from structattn_jax.components import haiku_modules as hm
 from structattn_jax.components import parameters as pm
 from structattn_jax.components import windows
@@ -381,7 +381,9 @@ def rows_per_chunk(bias: jax.Array) -> int:
 def by_rows(
   fn: Callable[[Any], jax.Array], arrays: Any, rows: int
 ) -> jax.Array:
-  """`fn` on `rows` rows of all arrays at a time, recomputed in the backward pass.
+  """Calls `fn` on `rows` rows of all arrays at a time.
+
+  Its intermediates are recomputed in the backward pass.
 
   Args:
     fn: maps a tree like `arrays` to one array.
@@ -519,196 +521,3 @@ def _swish_gate_backward(kept: Any, gradient: jax.Array) -> tuple:
 
 
 _swish_gate.defvjp(_swish_gate_forward, _swish_gate_backward)
-
-
-# Haiku modules.
-
-
-class AdaLN(hk.Module):
-  """Adaptive layer norm, Alg. 26; see `ada_ln`."""
-
-  def __call__(self, a: jax.Array, s: jax.Array) -> jax.Array:
-    """Maps [..., c] and [..., c_cond] to [..., c]."""
-    table = ada_ln_parameters(a.shape[-1], s.shape[-1])
-    return ada_ln(pm.haiku_parameters(table, hm.parameter_dtype(a)), a, s)
-
-
-class ConditionedTransitionBlock(hk.Module):
-  """Conditioned transition, Alg. 25, with Boltz's third factor.
-
-    x  = AdaLN(a, s),  [x1 | x2] = Linear(x)
-    da = sigmoid(Linear(s)) Linear(silu(x2) x1 Linear(x))
-
-  Args of the constructor:
-    expansion_factor: hidden channels per channel.
-    name: module name.
-  """
-
-  def __init__(self, *, expansion_factor: int = 2, name: str = 'transition'):
-    super().__init__(name=name)
-    self.expansion_factor = expansion_factor
-
-  def __call__(self, a: jax.Array, s: jax.Array) -> jax.Array:
-    """Returns the update [..., c] of [..., c] given [..., c_cond]."""
-    table = transition_parameters(
-      a.shape[-1], s.shape[-1], self.expansion_factor
-    )
-    params = pm.haiku_parameters(table, hm.parameter_dtype(a))
-    return conditioned_transition(params, a, s)
-
-
-class AttentionPairBias(hk.Module):
-  """Gated attention with pair bias over windows, Alg. 24; the inner one.
-
-    l_ij = q_i . k_j / sqrt(d_head) + bias_ij,  out = W_o (sigmoid(g) A v)
-
-  Only the queries have a bias. The layer norms around it belong to the layer.
-
-  Args of the constructor:
-    num_head: number of heads.
-    name: module name.
-  """
-
-  def __init__(self, num_head: int, *, name: str = 'pair_bias_attn'):
-    super().__init__(name=name)
-    self.num_head = num_head
-
-  def __call__(
-    self,
-    x: jax.Array,
-    pair: jax.Array,
-    mask: jax.Array,
-    *,
-    project_pair: bool = True,
-  ) -> jax.Array:
-    """Returns [n_atom, c].
-
-    Args:
-      x: [n_atom, c] float.
-      pair: [n_window, n_query, n_key, c_pair] float, projected to the bias
-        with `proj_z` as in Boltz-1; without `project_pair` the bias itself,
-        [n_window, n_query, n_key, n_head], as in Boltz-2.
-      mask: [n_atom] bool, True = keep, of the keys.
-      project_pair: whether there is `proj_z`.
-    """
-    _check(mask, pair, x=x)
-    pair_channels = pair.shape[-1] if project_pair else None
-    table = attention_parameters(x.shape[-1], self.num_head, pair_channels)
-    params = pm.haiku_parameters(table, hm.parameter_dtype(x))
-    bias = pair_bias(params, 'proj_z', pair) if project_pair else pair
-    return attention_pair_bias(params, x, _heads_first(bias, mask), mask)
-
-
-class DiffusionTransformer(hk.Module):
-  """Layers of attention with pair bias and conditioned transition, Alg. 23.
-
-  Each layer of Boltz-1 projects the pair to its bias; in Boltz-2 the biases of
-  all layers are given, layer after layer on the last axis.
-
-  Args of the constructor:
-    depth: number of layers.
-    num_head: number of heads.
-    project_pair: True for Boltz-1.
-    post_layer_norm: whether each layer ends with a layer norm (Boltz-2).
-    name: module name.
-  """
-
-  def __init__(
-    self,
-    depth: int,
-    num_head: int,
-    *,
-    project_pair: bool = True,
-    post_layer_norm: bool = False,
-    name: str = 'diffusion_transformer',
-  ):
-    super().__init__(name=name)
-    self.depth = depth
-    self.num_head = num_head
-    self.project_pair = project_pair
-    self.post_layer_norm = post_layer_norm
-
-  def __call__(
-    self, a: jax.Array, s: jax.Array, pair: jax.Array, mask: jax.Array
-  ) -> jax.Array:
-    """Returns new activations.
-
-    Args:
-      a: [n_atom, c] float.
-      s: [n_atom, c_cond] float.
-      pair: [n_atom, n_atom, c_pair] float for attention among all rows, or
-        [n_window, n_query, n_key, c_pair] over windows; c_pair is depth *
-        num_head if biases are given.
-      mask: [n_atom] bool, True = keep.
-
-    Returns:
-      [n_atom, c] in the dtype of `a`.
-
-    Raises:
-      ValueError: on a wrong shape.
-      TypeError: on a wrong dtype.
-    """
-    if pair.ndim == 3:
-      pair = pair[None]
-    _check(mask, pair, a=a, s=s)
-    table = diffusion_transformer_parameters(
-      self.depth,
-      self.num_head,
-      a.shape[-1],
-      s.shape[-1],
-      pair.shape[-1] if self.project_pair else None,
-      post_layer_norm=self.post_layer_norm,
-    )
-    params = pm.haiku_parameters(table, hm.parameter_dtype(a))
-    if self.project_pair:
-      biases = [
-        pair_bias(own, 'pair_bias_attn/proj_z', pair) for own in layers(params)
-      ]
-    else:
-      checks.check_shapes(
-        {'n_bias': self.depth * self.num_head},
-        pair=(pair, 'n_window n_query n_key n_bias'),
-      )
-      biases = jnp.split(pair, self.depth, -1)
-    return diffusion_transformer(
-      params, a, s, [_heads_first(x, mask) for x in biases], mask
-    )
-
-
-class AtomTransformer(hk.Module):
-  """The diffusion transformer over windows of atoms, Alg. 7.
-
-  Arguments as `DiffusionTransformer`, with `pair` over windows.
-  """
-
-  def __init__(self, depth: int, num_head: int, *, name: str, **options: bool):
-    super().__init__(name=name)
-    self.depth, self.num_head, self.options = depth, num_head, options
-
-  def __call__(
-    self, q: jax.Array, c: jax.Array, p: jax.Array, mask: jax.Array
-  ) -> jax.Array:
-    """Maps [n_atom, c], given c, p and mask as `DiffusionTransformer`."""
-    inner = DiffusionTransformer(self.depth, self.num_head, **self.options)
-    return inner(q, c, p, mask)
-
-
-def _heads_first(bias: jax.Array, mask: jax.Array) -> jax.Array:
-  """[n_window, n_query, n_key, n_head], masked and with the heads second."""
-  return masked_bias(jnp.moveaxis(bias, -1, 1), mask)
-
-
-def _check(mask: jax.Array, pair: jax.Array, **acts: jax.Array) -> None:
-  """Shapes and dtypes of a transformer's arguments."""
-  sizes = checks.check_shapes(
-    mask=(mask, 'n_atom'),
-    **{name: (x, f'n_atom c_{name}') for name, x in acts.items()},
-    pair=(pair, 'n_window n_query n_key c_pair'),
-  )
-  checks.check_dtypes('floating', pair=pair, **acts)
-  checks.check_dtypes('bool', mask=mask)
-  if sizes['n_window'] * sizes['n_query'] != sizes['n_atom']:
-    raise ValueError(
-      f'pair: expected n_window * n_query = {sizes["n_atom"]} atoms from '
-      f"'mask', got {sizes['n_window']} windows of {sizes['n_query']}"
-    )

@@ -12,6 +12,7 @@ from structattn_jax.components import parameters as pm
 from structattn_jax.components import windows
 from structattn_jax.network import boltz_conditioning as conditioning
 from structattn_jax.network import boltz_encoders as boltz
+from structattn_jax.network import boltz_parameters
 from structattn_jax.network import boltz_transformers as bt
 from structattn_jax.replay.golden import Comparison, Golden
 
@@ -178,7 +179,7 @@ def pairs(
   floats: Mapping[str, Any],
 ) -> dict[str, jax.Array]:
   """The atom pair and Boltz-2's biases, which the lean functions never hold."""
-  own = boltz.embedding_parameters(config, params)
+  own = boltz_parameters.embedding_parameters(config, params)
 
   @jax.jit
   def pair(features: Any, single: Any, z: Any) -> jax.Array:
@@ -201,7 +202,7 @@ def pairs(
     for part in ('enc', 'dec'):
       layers = [
         bt.pair_bias(params, name, p)
-        for name in boltz.bias_projections(config)
+        for name in boltz_parameters.bias_projections(config)
         if f'atom_{part}_proj_z' in name
       ]
       if layers:
@@ -246,7 +247,8 @@ def blocks(golden: Golden) -> Iterator[Comparison]:
     None,
   )
   found['fourier'] = conditioning.fourier_embedding(
-    pm.below(own[1], 'single_conditioner/fourier_embed/'), inputs['times']
+    pm.below(own[1], 'single_conditioner/fourier_embed/'),
+    jnp.asarray(inputs['times']),
   )
   config = golden.meta['config']
   for name, version, row, rule, cyclic in (
@@ -361,7 +363,7 @@ def config_of(golden: Golden) -> boltz.Config:
     found = [re.search(pattern, name) for name in names]
     return 1 + max((int(match[1]) for match in found if match), default=-1)
 
-  options = {
+  options: dict[str, Any] = {
     'atom_s': meta['atom_s'],
     'atom_z': meta['atom_z'],
     'token_s': meta['token_s'],

@@ -29,6 +29,9 @@ class DataConfig(base_config.BaseConfig):
     length_stages: curriculum of lengths, see `data.PairBatches`.
     learn_ligand_length: whether the model learns where a ligand ends; otherwise
       sampling needs its length.
+    keep_ends: whether start tokens stay clean, and end tokens where the length
+      is given, as they are when sampling. Without any of them a rotary
+      embedding cannot tell the positions of a masked sequence apart.
   """
 
   path: str = BUNDLED
@@ -39,6 +42,7 @@ class DataConfig(base_config.BaseConfig):
   ligand_buckets: tuple[int, ...] = (128,)
   length_stages: tuple[tuple[int, int, int], ...] = ()
   learn_ligand_length: bool = True
+  keep_ends: bool = True
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -332,6 +332,10 @@ def make_batches(
 def _of_step(config: config_lib.TrainConfig) -> config_lib.TrainConfig:
   """The settings that a step depends on, all others at their defaults."""
   return config_lib.TrainConfig(
+    data=config_lib.DataConfig(
+      learn_ligand_length=config.data.learn_ligand_length,
+      keep_ends=config.data.keep_ends,
+    ),
     model=config.model,
     optimizer=config.optimizer,
     noise=config.noise,

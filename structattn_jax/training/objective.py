@@ -23,6 +23,8 @@ BOUNDS: tuple[sedd_dual_track.Mode, ...] = sedd_dual_track.MODES
 # t = u^3 (protein_lig_sedd, branch sedd-v100xlian: u^(1 + 2 k), k from 1 to 0).
 _CURRICULUM_POWER = 2.0
 _NUM_TIMES = 16
+# Per track how many tokens stay clean: 0, the start, or start and end.
+Ends = tuple[tuple[str, int], ...]
 
 
 def init_params(config: config_lib.TrainConfig) -> hk.Params:
@@ -68,6 +70,7 @@ def make_loss(
       t,
       mode=mode,
       noise=noise,
+      fixed=fixed_ends(num_ends(config.data), batch),
     )
     found = discrete_diffusion.dual_track_loss(
       config.model,
@@ -109,9 +112,9 @@ def evaluate(
     num_times: noise levels per pair; more of them lower the variance.
 
   Returns:
-    Mode -> perplexity bound, exp of nats per token; padding that is data (see
-    `learn_ligand_length`) counts as nats, not as tokens. In the mode 'joint'
-    over the tokens of both tracks.
+    Mode -> perplexity bound, exp of nats per token. Padding that is data (see
+    `learn_ligand_length`) counts as nats, not as tokens; tokens that stay clean
+    count as neither. In the mode 'joint' over the tokens of both tracks.
   """
   modes = [mode for mode in BOUNDS if mode in config.modes]
   needed = {
@@ -129,10 +132,11 @@ def evaluate(
       if all(len(getattr(pairs, track)[i]) for track in needed)
     ]
   )
+  ends = num_ends(config.data)
   found = {}
   for mode in modes:
     tracks = sedd_dual_track.tracks_of(mode).generated
-    bound = _bound(config.model, mode, config.noise, num_times)
+    bound = _bound(config.model, ends, mode, config.noise, num_times)
     nats = 0.0
     for index, batch in enumerate(
       data.cover_pairs(
@@ -146,7 +150,11 @@ def evaluate(
     ):
       result = bound(params, jax.random.key(index), batch)
       nats += sum(float(getattr(result, f'{track}_nats')) for track in tracks)
-    tokens = sum(len(ids) for track in tracks for ids in getattr(chosen, track))
+    tokens = sum(
+      len(ids) - dict(ends)[track]
+      for track in tracks
+      for ids in getattr(chosen, track)
+    )
     found[mode] = float(jnp.exp(nats / tokens)) if tokens else float('nan')
   return found
 
@@ -154,6 +162,7 @@ def evaluate(
 @functools.lru_cache(maxsize=16)
 def _bound(
   model: sedd_dual_track.DualTrackConfig,
+  ends: Ends,
   mode: sedd_dual_track.Mode,
   noise: str,
   num_times: int,
@@ -167,10 +176,32 @@ def _bound(
       _complexes(batch),
       mode=mode,
       noise=discrete_diffusion.make_noise(noise),
+      fixed=fixed_ends(ends, batch),
       num_times=num_times,
     )
 
   return bound
+
+
+def num_ends(settings: config_lib.DataConfig) -> Ends:
+  """How many tokens of each track stay clean, see `keep_ends`."""
+  known = 2 if settings.keep_ends else 0
+  learned = min(known, 1) if settings.learn_ligand_length else known
+  return (('protein', known), ('ligand', learned))
+
+
+def fixed_ends(ends: Ends, batch: data.PairBatch) -> dict[str, jax.Array]:
+  """Which tokens stay clean: [n_batch, n] bool by track."""
+  fixed = {}
+  for track, count in ends:
+    mask = getattr(batch, f'{track}_mask')
+    if mask is None or not count:
+      continue
+    fixed[track] = jnp.broadcast_to(jnp.arange(mask.shape[1]) == 0, mask.shape)
+    if count == 2:
+      following = jnp.pad(mask[:, 1:], ((0, 0), (0, 1)))
+      fixed[track] = fixed[track] | (mask & ~following)
+  return fixed
 
 
 def _complexes(batch: data.PairBatch) -> discrete_diffusion.ProteinLigand:

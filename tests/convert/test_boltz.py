@@ -12,7 +12,11 @@ import torch_archive
 
 from structattn_jax import checkpoint, convert
 from structattn_jax.convert import boltz, state_dicts, torch_file
-from structattn_jax.network import boltz_conditioning, boltz_encoders
+from structattn_jax.network import (
+  boltz_conditioning,
+  boltz_encoders,
+  boltz_parameters,
+)
 
 FOLDER = pathlib.Path(__file__).parents[1] / 'goldens/boltz_atom_encoder'
 BOLTZ1 = FOLDER / 'boltz1_sample.ckpt'
@@ -135,7 +139,7 @@ def test_every_tensor_of_a_part_is_taken_unchanged(path, part):
 def test_parameters_are_those_of_our_module(path, part):
   config, params = convert.load_boltz(path, part)
   assert isinstance(config, boltz_encoders.Config)
-  want = boltz_encoders.atom_attention_parameters(config)
+  want = boltz_parameters.atom_attention_parameters(config)
   assert {
     module: {name: value.shape for name, value in values.items()}
     for module, values in params.items()

@@ -13,7 +13,11 @@ import pytest
 
 import structattn_jax as sa
 from structattn_jax.components import parameters as pm
-from structattn_jax.network import boltz_encoders, boltz_transformers
+from structattn_jax.network import (
+  boltz_modules,
+  boltz_parameters,
+  boltz_transformers,
+)
 
 SIZES = {
   'atom_s': 8,
@@ -70,7 +74,7 @@ def random_params(table):
 def boltz1():
   """The functions, parameters, a context and what samples give, vmapped."""
   functions = sa.transform_boltz_atom_attention(BOLTZ1)
-  params = random_params(boltz_encoders.atom_attention_parameters(BOLTZ1))
+  params = random_params(boltz_parameters.atom_attention_parameters(BOLTZ1))
   context = jax.jit(functions.precompute)(params, features(), SINGLE, PAIR)
 
   @jax.jit
@@ -112,7 +116,7 @@ def test_boltz1_modules_equal_the_lean_functions(boltz1):
 
 
 def test_boltz2_modules_equal_the_lean_functions():
-  table = boltz_encoders.atom_attention_parameters(BOLTZ2)
+  table = boltz_parameters.atom_attention_parameters(BOLTZ2)
   params = random_params(table)
   relative = normal(N_TOKEN, N_TOKEN, 3, seed=5)
 
@@ -144,7 +148,7 @@ def test_boltz2_modules_equal_the_lean_functions():
 def test_boltz2_input_embedder_needs_no_trunk():
   config = dataclasses.replace(BOLTZ2, structure_prediction=False)
   functions = sa.transform_boltz_atom_attention(config)
-  params = random_params(boltz_encoders.atom_attention_parameters(config))
+  params = random_params(boltz_parameters.atom_attention_parameters(config))
   context = functions.precompute(params, features())
   encoded = functions.encode(params, context)
   assert encoded.tokens.shape == (N_TOKEN, 5)
@@ -206,6 +210,30 @@ def test_dense_and_blocked_biases_agree(boltz1):
   own = functions.precompute(params, features(), SINGLE, PAIR)
   assert_close(own.encoder.biases, context.encoder.biases)
   assert_close(own.decoder.biases, context.decoder.biases)
+
+
+def test_chunks_of_atoms_change_neither_values_nor_gradients(
+  boltz1, monkeypatch
+):
+  functions, params, context, _ = boltz1
+
+  def loss(params, context, positions):
+    encoded = functions.encode(params, context, positions)
+    update = functions.decode(params, context, TOKEN_ACT[0], encoded.atoms)
+    return jnp.sum(jnp.sin(update)) + jnp.sum(jnp.sin(encoded.tokens))
+
+  def run():
+    gradient = jax.value_and_grad(loss, (0, 1, 2), allow_int=True)
+    value, gradients = jax.jit(gradient)(params, context, POSITIONS[0])
+    leaves = jax.tree.leaves(gradients)
+    return [value, *(x for x in leaves if x.dtype == np.float32)]
+
+  want = run()
+  monkeypatch.setattr(boltz_transformers, '_CPU_WINDOWS', 1)
+  jax.clear_caches()
+  scale = max(np.abs(w).max() for w in want)
+  for g, w in zip(run(), want, strict=True):
+    assert np.abs(g - w).max() < 1e-5 * max(np.abs(w).max(), 1e-3 * scale)
 
 
 def test_features_from_one_hot_equal_indices():
@@ -320,7 +348,7 @@ def test_token_transformer_attends_to_all_tokens_of_the_mask():
   )
 
   def run(a, pair, mask):
-    module = boltz_transformers.DiffusionTransformer(2, 2)
+    module = boltz_modules.DiffusionTransformer(2, 2)
     return module(a, s, pair, mask)
 
   apply = jax.jit(hk.without_apply_rng(hk.transform(run)).apply)
@@ -358,9 +386,7 @@ def test_atom_transformer_with_given_biases_equals_projected_ones():
   ]
 
   def run(pair, **options):
-    module = boltz_transformers.AtomTransformer(
-      2, 2, name='atom_encoder', **options
-    )
+    module = boltz_modules.AtomTransformer(2, 2, name='atom_encoder', **options)
     return module(q, c, pair, mask)
 
   want = apply_modules(lambda: run(pair), params)
@@ -386,13 +412,9 @@ def test_modules_of_one_layer_equal_their_formulas():
   c = norm(s) * own['ada_ln/s_norm']['scale']
   gate = c @ own['ada_ln/s_scale']['weights'] + own['ada_ln/s_scale']['bias']
   want = norm(a) / (1 + np.exp(-gate)) + c @ own['ada_ln/s_bias']['weights']
-  got = apply_modules(
-    lambda: boltz_transformers.AdaLN(name='ada_ln')(a, s), params
-  )
+  got = apply_modules(lambda: boltz_modules.AdaLN(name='ada_ln')(a, s), params)
   assert_close(got, want)
-  fresh = hk.transform(
-    lambda: boltz_transformers.ConditionedTransitionBlock()(a, s)
-  )
+  fresh = hk.transform(lambda: boltz_modules.ConditionedTransitionBlock()(a, s))
   params = fresh.init(jax.random.key(0))
   gate = params['transition/output_projection_0']
   assert np.all(gate['weights'] == 0)

@@ -81,7 +81,7 @@ vocab = {
 def draw_tokens(ax, track, rows, labels):
   """One line of text per row of ids; masked positions are grey boxes."""
   names = {i: t for t, i in tokenizers[track].vocabulary.items()}
-  names |= {tokenizers[track].pad_id: '·', tokenizers[track].eos_id: '⏹'}
+  names |= {tokenizers[track].pad_id: '·', tokenizers[track].eos_id: '◂'}
   rows = np.asarray(rows)
   absorbed = rows == vocab[track] - 1
   ax.imshow(absorbed, cmap='Greys', vmin=0, vmax=3, aspect='auto')
@@ -208,9 +208,9 @@ for mode, bound in result.bounds.items():
 # the model knows about which ligand belongs to which protein. All three bounds
 # are of the same pairs.
 #
-# They cannot reach 1. Rotary embeddings know distances alone, so at a fully
-# masked ligand all positions look the same, and the first tokens must be drawn
-# from the mixture of all positions.
+# Start tokens are never masked (`keep_ends`). Rotary embeddings know distances
+# alone: in a sequence of masks without any start all positions look the same,
+# and the first tokens could only be drawn from the mixture of all positions.
 
 # %% [markdown]
 # ## 5. Backward: a ligand for a protein

@@ -169,7 +169,7 @@ def atom_cross_att(
       found['position_update'] = update.astype(skip.dtype)
     return found
 
-  def init(key: jax.Array, **inputs: Any) -> hk.Params:
+  def init(key: jax.Array, **inputs: Any) -> Any:
     def channels(name: str) -> int | None:
       return inputs[name].shape[-1] if name in inputs else None
 
@@ -287,7 +287,7 @@ def boltz_atom_attention(
       found['update'] = update.astype(encoded.atoms.dtype)
     return found
 
-  def init(key: jax.Array, **inputs: Any) -> hk.Params:
+  def init(key: jax.Array, **inputs: Any) -> Any:
     params = functions.init(key)
     jax.eval_shape(run, params, **inputs)  # For its checks.
     return params

@@ -109,7 +109,7 @@ class BaseConfig:
     something else, written as the string 'none'.
 
     Raises:
-      ValueError: if a None cannot be represented, in a field that takes strings.
+      ValueError: if a None cannot be represented: where strings are allowed.
     """
     return '\n'.join(_toml_lines(self)) + '\n'
 

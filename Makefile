@@ -18,8 +18,8 @@ run: $(VENV)/.run ## Run the five systems on a real complex (FILE=my.cif for you
 test: $(VENV)/.test ## Run the test suite.
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
 
-test-slow: $(VENV)/.test ## Run all tests, compiled as users compile.
-	XLA_FLAGS= $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+test-slow: $(VENV)/.test ## Run all tests, slow ones too, compiled as users compile.
+	XLA_FLAGS= $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m ''
 
 lint: $(VENV)/.lint ## Check style, format and types.
 	$(BIN)/ruff check .
@@ -30,7 +30,7 @@ format: $(VENV)/.lint ## Apply the formatter.
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.run ## Measure segment pooling against the alternatives.
+bench: $(VENV)/.run ## Measure all systems against published formulations.
 	$(BIN)/python -m structattn_jax.benchmark
 
 notebooks: $(VENV)/.notebooks ## Execute the notebooks in place.

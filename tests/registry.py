@@ -221,7 +221,7 @@ def _atom_cross_attention_case(name: str, options: dict[str, Any]) -> Case:
 
 def _atom_cross_att_case() -> Case:
   # With this seed no input of a relu is near its kink.
-  rng = np.random.default_rng(6)
+  rng = np.random.default_rng(14)
   token = [0, 0, 1, 1, 1, 3, 3, 3, 4, 4, 4]
   n_token, transformer = (
     5,

@@ -39,6 +39,17 @@ BOLTZ2_CHOICES = {
   'use_residue_feats_atoms': False,
   'transformer_post_layer_norm': False,
 }
+AF3_ATOM_SIZES = {
+  'per_atom_channels': 128,
+  'per_atom_pair_channels': 16,
+  'uid_rule': 'official',
+  'padded_keys': 'official',
+  'atom_transformer': {
+    'num_intermediate_factor': 2,
+    'num_blocks': 3,
+    'attention': {'num_head': 4, 'key_dim': 128, 'value_dim': 128},
+  },
+}
 PRESETS = {
   'seed_af2_ipa': (
     sa.InvariantPointAttentionConfig,
@@ -56,6 +67,23 @@ PRESETS = {
   'af2_multimer_ipa': (
     sa.InvariantPointAttentionConfig,
     {'parameterisation': 'multimer', **IPA_SIZES, 'num_channel': 384},
+  ),
+  'af3_diffusion_atom_cross_attention': (
+    sa.AtomCrossAttConfig,
+    {'per_token_channels': 768, **AF3_ATOM_SIZES},
+  ),
+  'af3_trunk_atom_cross_attention': (
+    sa.AtomCrossAttConfig,
+    {'per_token_channels': 384, **AF3_ATOM_SIZES},
+  ),
+  'af3_token_transformer': (
+    sa.TransformerConfig,
+    {
+      'num_blocks': 24,
+      'super_block_size': 4,
+      'num_intermediate_factor': 2,
+      'attention': {'num_head': 16},
+    },
   ),
   'seed_af3_atom_cross_attention': (
     sa.AtomCrossAttentionConfig,

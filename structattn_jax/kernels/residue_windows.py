@@ -173,6 +173,8 @@ def transform(
         f'{skip.shape[1]}'
       )
     skip, n_nbr = numerics.at_least_float32(skip), skip.shape[1]
+    if not n_nbr:  # Something to take from.
+      skip = jnp.pad(skip, ((0, 0), (0, 1), (0, 0)))
   q, context, z = map(numerics.at_least_float32, (q, context, z))
   keys, values = _keys_and_values(blocks, context, num_head)
   if context_idx is not None:
@@ -216,7 +218,7 @@ def transform(
       )
       within = live & same if within_space else live
     else:
-      taken = jnp.clip(slot, 0, n_nbr - 1)[:, None]
+      taken = jnp.clip(slot, 0, skip.shape[1] - 1)[:, None]
       p = jnp.take_along_axis(jnp.swapaxes(rows(skip), 1, 2), taken, 2)
       p = jnp.where(live[:, None], p, 0)
 
@@ -233,6 +235,8 @@ def transform(
     )
     if not return_pair:
       return x, None
+    if not n_nbr:
+      return x, jnp.zeros((sizes.n_query, 0, p.shape[1]), p.dtype)
     # From slots of the window to those of `build_sparse_pairs`.
     taken = block.low[:, None] + jnp.arange(n_nbr)
     taken = jnp.clip(taken, 0, sizes.n_key - 1)
@@ -245,7 +249,8 @@ def transform(
   x, p = jax.lax.map(jax.checkpoint(step), per_block)
 
   def to_atoms(by_block: jax.Array) -> jax.Array:
-    return by_block.reshape(-1, *by_block.shape[2:])[plan.row]
+    n_row = sizes.n_block * sizes.n_query
+    return by_block.reshape(n_row, *by_block.shape[2:])[plan.row]
 
   return to_atoms(x).astype(dtype), None if p is None else to_atoms(p)
 

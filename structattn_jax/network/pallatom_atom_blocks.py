@@ -233,6 +233,10 @@ class AtomTransformerBlock(hk.Module):
     n_atom, c_atom, n_head = dims['n_atom'], dims['c_atom'], self.num_head
     check_heads(c_atom, n_head)
     heads = (n_atom, n_head, c_atom // n_head)
+    if not dims['n_nbr']:  # One dead slot: a maximum needs something.
+      p = jnp.pad(p, ((0, 0), (0, 1), (0, 0)))
+      neighbor_idx = jnp.zeros((n_atom, 1), jnp.int32)
+      valid_mask = jnp.zeros((n_atom, 1), bool)
 
     context = hm.LayerNorm(name='norm_c')(c)
     query = LinearNoBias(c_atom, name='to_q')(hm.LayerNorm(name='norm_q')(q))

@@ -143,7 +143,7 @@ def run(kind, form, inputs, tok_idx=TOKENS, params=None, **extra):
   return forward(kind, form)(params, inputs, tok_idx, extra)
 
 
-def oracle(kind, inputs, tok_idx=TOKENS, atom_mask=None):
+def oracle(kind, inputs, tok_idx=TOKENS, atom_mask=None, window_size=WINDOW):
   scope = ENCODER if kind == 'encoder' else DECODER
   fn = getattr(reference, scope)
   return fn(
@@ -153,7 +153,7 @@ def oracle(kind, inputs, tok_idx=TOKENS, atom_mask=None):
     atom_mask=atom_mask,
     num_block=2,
     num_head=2,
-    window_size=WINDOW,
+    window_size=window_size,
   )
 
 
@@ -536,23 +536,30 @@ def test_all_masked_gives_zeros_and_finite_gradients(kind, form):
   assert all(np.isfinite(x).all() for x in jax.tree.leaves((gradient, out)))
 
 
+@each_implementation
+@each_kind
 @pytest.mark.parametrize('window_size', [0, 2, 100])
-def test_extreme_windows_match_oracle(window_size):
+def test_extreme_windows_match_oracle(window_size, kind, form):
   """No neighbours at all, the own token only, everything."""
-  inputs = encoder_inputs()
-  config = dataclasses.replace(ENCODER_CONFIG, window_size=window_size)
-  out = sa.transform_atom_feature_encoder(config).apply(
-    params_of('encoder'), **inputs, tok_idx=TOKENS
-  )
-  want = reference.atom_feature_encoder(
-    systems.torch_names(params_of('encoder'), ENCODER),
-    **inputs,
-    tok_idx=TOKENS,
-    num_block=2,
-    num_head=2,
-    window_size=window_size,
-  )
-  assert_close([out.s_i, out.q_skip], want[:2], 5e-6)
+  inputs = INPUTS[kind]()
+  if kind == 'decoder':
+    n_nbr = sa.required_neighbours(TOKENS, window_size)
+    inputs['p_skip'] = np.ones((24, n_nbr, 4), np.float32)
+  apply = apply_of(kind, window_size=window_size, implementation=form).apply
+
+  @functools.partial(jax.jit, compiler_options=QUICK)
+  def fn(params):
+    out = apply(params, **inputs, tok_idx=TOKENS)._asdict()
+    if isinstance(out.get('p_skip'), sa.PairSkip):
+      pairs = sa.build_sparse_pairs(TOKENS, window_size)
+      out['p_skip'] = out['p_skip'].dense(*pairs)
+    return list(out.values())
+
+  want = oracle(kind, inputs, window_size=window_size)
+  for got, expected in zip(fn(params_of(kind)), want, strict=True):
+    assert got.shape == expected.shape
+    if got.size:
+      assert_close([got], [expected], 5e-6)
 
 
 def test_noise_of_other_atoms_reaches_an_atom_only_through_the_mean():

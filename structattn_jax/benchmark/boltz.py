@@ -14,7 +14,8 @@ heads each; 8 atoms per token. Candidates:
 'forward' is the encoder from features to tokens; 'forward+backward' returns the
 value of a scalar and its gradient with respect to parameters, single, pair and
 positions; a 'step' is encoder and decoder of one denoising step, with all that
-samples share computed before ('boltz': its own cache); 'input embedding' is the
+samples share computed before ('boltz': its own cache); on CPU 'lean' takes one
+sample after the other; 'input embedding' is the
 encoder without trunk and positions. Where a float64 reference would not fit,
 nothing is checked.
 """
@@ -252,6 +253,8 @@ def function(mode: Mode, candidate: str) -> Callable[..., Any]:
       shared = (atoms, context.conditioning, context.decoder.biases)
       return tokens, _published_decode(params, features, shared, token_act)
 
+    if candidate == 'lean' and jax.default_backend() == 'cpu':
+      return jax.lax.map(lambda x: one(*x), (positions, token_act))
     return jax.vmap(one)(positions, token_act)
 
   return step

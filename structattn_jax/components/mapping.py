@@ -165,7 +165,7 @@ def _scan(
 
 def _take(window: int | None, table: Any, index: Any) -> Any:
   if window is None:
-    return jax.tree.map(lambda x: x[index], table)
+    return jax.tree.map(lambda x: jnp.asarray(x)[index], table)
   return jax.tree.map(
     lambda x: jax.vmap(
       lambda start: jax.lax.dynamic_slice_in_dim(x, start, window)

@@ -23,21 +23,11 @@ CASES = (
   'v2_input_embedder_postln',
   'v2_structure',
 )
-each_case = pytest.mark.parametrize('case', CASES)
 
 
 @functools.cache
 def golden(case):
   return replay.Golden.read(GOLDENS / f'{case}.npz', case)
-
-
-@each_case
-def test_boltz_golden_replays_completely_within_tolerance(case):
-  rows = replay.run(golden(case))
-  assert not [row for row in rows if not row.ok]
-  gradients = {x for x in golden(case).arrays if x.startswith('grads/')}
-  found = {row.output for row in rows}
-  assert found == {*golden(case).outputs(), *gradients}
 
 
 def wide(arrays):

@@ -180,7 +180,9 @@ def golden_values(name, dtype):
   return json.loads(arrays['meta'].item())['config'], parts
 
 
-@each_implementation
+@pytest.mark.parametrize(
+  'form', ['lean', pytest.param('dense', marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(
   'name', ['encoder_small', 'encoder_uneven_absolute', 'decoder_uneven']
 )

@@ -16,10 +16,10 @@ run: $(VENV)/.run ## Run the five systems on a real complex (FILE=my.cif for you
 	$(BIN)/structattn run $(FILE)
 
 test: $(VENV)/.test ## Run the test suite.
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope
 
 test-slow: $(VENV)/.test ## Run all tests, slow ones too, compiled as users compile.
-	XLA_FLAGS= $(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m ''
+	XLA_FLAGS= $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope -m ''
 
 lint: $(VENV)/.lint ## Check style, format and types.
 	$(BIN)/ruff check .

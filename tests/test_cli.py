@@ -8,9 +8,6 @@ import pytest
 
 from structattn_jax import cli, data, demo
 
-# The run that all tests look at is made once, in one process.
-pytestmark = pytest.mark.xdist_group('cli')
-
 
 @pytest.fixture(scope='module')
 def small_complex(tmp_path_factory):

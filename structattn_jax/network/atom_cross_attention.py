@@ -833,6 +833,7 @@ def transform_atom_cross_att(
 ) -> hk.Transformed:
   """Pure functions of AF3's atom encoder and decoder.
 
+    >>> import numpy as np
     >>> plan = atom_layout.build_window_plan([0, 0, 1], [0, 1])
     >>> zeros = lambda *shape: atom_layout.pad_atoms(
     ...   plan, np.zeros((3, *shape))

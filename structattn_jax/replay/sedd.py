@@ -407,7 +407,9 @@ def single_v100(golden: Golden) -> Iterator[Comparison]:
 
 def _relative(golden: Golden, name: str, absolute: float) -> float:
   """An absolute tolerance as a part of the largest value."""
-  largest = np.abs(golden.arrays[f'outputs/{name}']).max()
+  single, double = (f'{prefix}/{name}' for prefix in ('outputs', 'outputs64'))
+  truth = golden.arrays[double if double in golden.arrays else single]
+  largest = np.abs(truth.astype(np.float64)).max()
   return float(absolute / max(largest, 1e-30))
 
 

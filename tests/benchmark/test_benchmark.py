@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from structattn_jax.benchmark import __main__ as command
-from structattn_jax.benchmark import harness, segment
+from structattn_jax.benchmark import atom_cross_attention, harness, segment
 
 
 def double(x):
@@ -147,6 +147,25 @@ def test_command_quick_prints_tables_and_writes_json(
       assert row['calls'] == 5
       assert row['median_seconds'] > 0
       assert row['max_relative_error'] < 1e-6
+
+
+@pytest.mark.parametrize('kind', atom_cross_attention.KINDS)
+def test_atom_cross_attention_cached_step_matches_published_float64(kind):
+  args = atom_cross_attention.inputs('cached step', kind, 32)
+  want = atom_cross_attention.expected('cached step', args)
+  run = atom_cross_attention.function('cached step', 'lean')
+  assert harness.max_relative_error(jax.jit(run)(*args), want) < 3e-6
+
+
+def test_atom_cross_attention_notes_the_factor_of_cpu_time():
+  rows = [
+    harness.Measurement(
+      candidate=str(i), lower_seconds=0, compile_seconds=0, cpu_seconds=cpu
+    )
+    for i, cpu in enumerate((0.5, None, 2.0))
+  ]
+  noted = atom_cross_attention._with_cpu_factors(rows)
+  assert [row.note for row in noted] == ['CPU / 4.0', '', '']
 
 
 def test_command_unknown_section_names_the_choices(capsys):

@@ -18,13 +18,8 @@ PARAM_TREES = (
   pathlib.Path(__file__).parent.parent / 'goldens' / 'param_trees.json'
 )
 
-# All tests of one case run in one process and share its compiled functions.
 each_case = pytest.mark.parametrize(
-  'case',
-  [
-    pytest.param(case, id=name, marks=pytest.mark.xdist_group(name))
-    for name, case in registry.CASES.items()
-  ],
+  'case', list(registry.CASES.values()), ids=list(registry.CASES)
 )
 
 

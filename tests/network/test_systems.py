@@ -181,7 +181,7 @@ def test_haiku_function_under_remat_keeps_parameters_and_gradients(case):
   want, _ = case.jitted_gradient(case.params, case.float_inputs(), inputs)
   largest = max(np.abs(w).max() for w in jax.tree.leaves(want))
   for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-    # Two roundings of the largest where a gradient is zero in theory.
+    # One unit in the last place of the largest, for what is zero in theory.
     bound = max(1e-5 * np.abs(w).max(), 1.2e-7 * largest)
     assert np.abs(g - w).max() < bound
 

@@ -4,7 +4,8 @@ Default width (768 channels, 12 heads) or 256 channels, vocabularies of 37 and
 2365. Candidates:
   program: `kernels.sedd_dual_track`, what the samplers use.
   network: the Haiku network, layers in a loop over stacked parameters;
-    'network, remat' computes all but products with weights again.
+    'network, dots' computes all but products with weights again in the
+    backward pass, 'network, full' all of a layer.
   unrolled: the published training step in JAX, layers written out, entropies of
     log scores.
   published: the published formulation in JAX: layers written out; samplers with
@@ -68,7 +69,11 @@ TRAINING = (
   Case(4, 512, 128, 768, 4),
 )
 JOINT = (Case(1, 128, 64, 256, 2, 64), Case(2, 128, 64, 768, 2, 64))
-GIVEN = (Case(4, 128, 64, 256, 2, 64), Case(8, 256, 64, 768, 2, 64))
+GIVEN = (
+  Case(4, 128, 64, 256, 2, 64),
+  Case(4, 256, 64, 768, 2, 32),
+  Case(8, 512, 64, 768, 4, 8),
+)
 UPDATE = ((16, 128, 2365),)
 _QUICK = (Case(1, 24, 16, 64, 2),)
 _QUICK_SAMPLING = (Case(2, 24, 16, 64, 2, 4),)
@@ -399,8 +404,9 @@ def training(case: Case) -> dict[str, Candidate]:
   found = {
     name: _compiled(step_of(loss), state, clean, noised, t, donate=True)
     for name, loss in (
-      ('network, remat', looped('dots')),
       ('network', looped('none')),
+      ('network, dots', looped('dots')),
+      ('network, full', looped('full')),
       ('unrolled', unrolled),
     )
   }

@@ -29,7 +29,7 @@ def whole_map(
   window: int | None,
   weights: Any,
   table: Any,
-  index: jax.Array | None,
+  index: jax.Array | tuple[jax.Array, jax.Array] | None,
   floats: Any,
   constants: Any,
 ) -> Any:
@@ -44,7 +44,7 @@ def chunked_map(
   window: int | None,
   weights: Any,
   table: Any,
-  index: jax.Array | None,
+  index: jax.Array | tuple[jax.Array, jax.Array] | None,
   floats: Any,
   constants: Any,
 ) -> Any:
@@ -60,7 +60,8 @@ def chunked_map(
     window: static; None, or the length of the windows.
     weights: tree of float arrays, the same for all rows.
     table: tree of [m, ...] float arrays, or None: `fn` gets None.
-    index: [n, ...] integer rows of the table; [n] starts of the windows, in
+    index: [n, ...] integer rows of the table, or a pair [n, a], [n, b], whose
+      sums [n, a, b] they are, clipped to [0, m); [n] starts of the windows, in
       [0, m - window]; None without a table.
     floats: tree of [n, ...] float arrays.
     constants: tree of [n, ...] arrays without gradient: integers, masks.
@@ -165,7 +166,7 @@ def _scan(
 
 def _take(window: int | None, table: Any, index: Any) -> Any:
   if window is None:
-    return jax.tree.map(lambda x: jnp.asarray(x)[index], table)
+    return jax.tree.map(lambda x: jnp.asarray(x)[_rows(x, index)], table)
   return jax.tree.map(
     lambda x: jax.vmap(
       lambda start: jax.lax.dynamic_slice_in_dim(x, start, window)
@@ -174,10 +175,18 @@ def _take(window: int | None, table: Any, index: Any) -> Any:
   )
 
 
+def _rows(table: jax.Array, index: Any) -> jax.Array:
+  if isinstance(index, tuple):
+    index = index[0][:, :, None] + index[1][:, None]
+  return jnp.clip(index, 0, table.shape[0] - 1)
+
+
 def _put(window: int | None, table: Any, index: Any, rows: Any) -> Any:
   """Adds rows to where `_take` has them from."""
   if window is None:
-    return jax.tree.map(lambda x, y: x.at[index].add(y), table, rows)
+    return jax.tree.map(
+      lambda x, y: x.at[_rows(x, index)].add(y.astype(x.dtype)), table, rows
+    )
 
   def put(x: jax.Array, y: jax.Array) -> jax.Array:
     # One after the other: windows overlap.

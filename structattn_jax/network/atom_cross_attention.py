@@ -26,6 +26,7 @@ from structattn_jax.components import haiku_modules as hm
 from structattn_jax.components import mapping, segment
 from structattn_jax.components import parameters as pm
 from structattn_jax.components.parameters import Params
+from structattn_jax.kernels import windowed_attention
 from structattn_jax.network import atom_layout, atom_pairs
 from structattn_jax.network import diffusion_transformer as dt
 from structattn_jax.network import published_atom_cross_attention as published
@@ -481,7 +482,7 @@ def precompute(
   if decoder is None:
     decoder = any(f'{name}_atom_transformer_decoder/' in key for key in params)
   # Lines 1 and 2: atoms from the conformer, tokens from the trunk.
-  single = _atom_features(params, ref, name)
+  single = _atom_features(params, plan, ref, name, config.window_chunk)
   if trunk_single_cond is not None:
     normalised = dt.scaled_layer_norm(
       params, trunk_single_cond, f'{name}_lnorm_trunk_single_cond'
@@ -1040,33 +1041,63 @@ def _check_precompute(
 
 
 def _atom_features(
-  params: Params, ref: atom_layout.RefStructure, name: str
+  params: Params,
+  plan: atom_layout.WindowPlan,
+  ref: atom_layout.RefStructure,
+  name: str,
+  chunk: int | None,
 ) -> jax.Array:
-  """Line 1: [n_atom, c_atom], zero for atoms that the conformer lacks.
+  """Line 1: [n_atom, c_atom], zero for atoms that the conformer lacks."""
+  leaves = ('pos', 'mask', 'element', 'charge', 'atom_name')
+  dtype = jnp.asarray(ref.ref_pos).dtype
+  weights = {
+    leaf: params[f'{name}_embed_ref_{leaf}']['weights'].astype(dtype)
+    for leaf in leaves
+  }
+  floats = (ref.ref_pos, ref.ref_charge)
+  constants = (ref.ref_mask, ref.ref_element, ref.ref_atom_name_chars)
+  floats, constants = jax.tree.map(
+    lambda x: atom_layout.query_blocks(plan, jnp.asarray(x)),
+    (floats, constants),
+  )
+  found = mapping.chunked_map(
+    _embed_atoms,
+    windowed_attention.windows_per_chunk(plan.n_window, chunk),
+    None,
+    weights,
+    None,
+    None,
+    floats,
+    constants,
+  )
+  return found.reshape(plan.n_atom, -1)
+
+
+def _embed_atoms(
+  weights: dict[str, jax.Array], taken: None, floats: Any, constants: Any
+) -> jax.Array:
+  """Features of the atoms of some windows.
 
   The products with one-hot vectors are lookups; an index outside of the table
   finds zeros.
   """
-  mask = jnp.asarray(ref.ref_mask)[:, None]
-  charge = jnp.arcsinh(ref.ref_charge)[:, None]
-
-  def weights(leaf: str) -> jax.Array:
-    return params[f'{name}_{leaf}']['weights'].astype(charge.dtype)
+  del taken
+  position, charge = floats
+  mask, element, chars = constants
 
   def lookup(table: jax.Array, index: jax.Array) -> jax.Array:
     # Negative ones would count from the end.
     index = jnp.where(index < 0, table.shape[0], index)
-    return jnp.asarray(table).at[index].get(mode='fill', fill_value=0)
+    return table.at[index].get(mode='fill', fill_value=0)
 
-  act = dt.linear(params, ref.ref_pos, f'{name}_embed_ref_pos', 'highest')
-  act += weights('embed_ref_mask') + charge * weights('embed_ref_charge')
-  act += lookup(weights('embed_ref_element'), jnp.asarray(ref.ref_element))
-  chars = jnp.asarray(ref.ref_atom_name_chars)
-  names = weights('embed_ref_atom_name')
-  names = names.reshape(chars.shape[-1], -1, names.shape[-1])
-  for position in range(chars.shape[-1]):
-    act += lookup(names[position], chars[:, position])
-  return jnp.where(mask, act, 0)
+  act = jnp.dot(position, weights['pos'], precision='highest')
+  act += weights['mask'] + jnp.arcsinh(charge)[..., None] * weights['charge']
+  act += lookup(weights['element'], element)
+  n_char = chars.shape[-1]
+  names = weights['atom_name'].reshape(n_char, -1, act.shape[-1])
+  for i in range(n_char):
+    act += lookup(names[i], chars[..., i])
+  return jnp.where(mask[..., None], act, 0)
 
 
 def _token_mean(

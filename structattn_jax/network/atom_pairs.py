@@ -100,9 +100,8 @@ def pair_biases(
     table = table.astype(single.dtype)
     first = jnp.asarray(plan.pair_offset)[:, None]
     first += plan.pair_stride[:, None] * queries(plan.token_index)
-    index = first[:, :, None] + keys(plan.token_index)[:, None]
     # Pairs of padding may lie anywhere.
-    index = jnp.clip(index, 0, table.shape[0] - 1)
+    index = (first, keys(plan.token_index))
   key_mask = keys(plan.atom_mask)
   logits, pair = mapping.chunked_map(
     _logits_and_embedding if return_pair else _logits,

@@ -176,8 +176,8 @@ class _PublishedIteration(lib.FoldIteration):
   def _attention(self) -> Any:
     scope = f'{self.module_name}/invariant_point_attention'
 
-    def attend(act, pair, rotation, translation, mask, *, pair_bias):
-      del pair_bias
+    def attend(act, pair, rotation, translation, mask, **shared):
+      del shared
       return ipa.published(act, pair, rotation, translation, mask, scope)
 
     return attend

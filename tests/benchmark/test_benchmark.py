@@ -8,7 +8,12 @@ import numpy as np
 import pytest
 
 from structattn_jax.benchmark import __main__ as command
-from structattn_jax.benchmark import atom_cross_attention, harness, segment
+from structattn_jax.benchmark import (
+  atom_cross_attention,
+  harness,
+  segment,
+  structure_module,
+)
 
 
 def double(x):
@@ -155,6 +160,15 @@ def test_atom_cross_attention_cached_step_matches_published_float64(kind):
   want = atom_cross_attention.expected('cached step', args)
   run = atom_cross_attention.function('cached step', 'lean')
   assert harness.max_relative_error(jax.jit(run)(*args), want) < 3e-6
+
+
+def test_structure_module_published_loop_gives_the_same():
+  args = structure_module.inputs(12)
+  ours, published = (
+    jax.jit(structure_module.function('forward', name))(*args)
+    for name in ('ours', 'published')
+  )
+  assert harness.max_relative_error(ours, published) < 2e-5
 
 
 def test_atom_cross_attention_notes_the_factor_of_cpu_time():

@@ -153,7 +153,7 @@ print('factor', float(jnp.expm1(dsigma) / jnp.expm1(sigma)), '= dt / t', dt / t)
 #
 # The loss is the denoising score entropy; weighted by the noise rate it bounds
 # $-\log p$ from above. The run takes turns: the ligand given its protein, the
-# ligand alone, both. About five minutes on two cores. A folder with a run that
+# ligand alone, both. About eight minutes on two cores. A folder with a run that
 # was stopped goes on, and one with a finished run is taken as it is.
 
 # %%

@@ -1088,7 +1088,7 @@ def _embed_atoms(
   def lookup(table: jax.Array, index: jax.Array) -> jax.Array:
     # Negative ones would count from the end.
     index = jnp.where(index < 0, table.shape[0], index)
-    return table.at[index].get(mode='fill', fill_value=0)
+    return jnp.asarray(table).at[index].get(mode='fill', fill_value=0)
 
   act = jnp.dot(position, weights['pos'], precision='highest')
   act += weights['mask'] + jnp.arcsinh(charge)[..., None] * weights['charge']

@@ -48,8 +48,8 @@ MODES: tuple[Mode, ...] = (
 _MOST_PAIRS = {'forward': 3_600_000, 'forward+backward': 900_000}
 # Atoms up to which results are compared with float64.
 _LARGEST_CHECKED = 1025
-# The pair input alone would have gigabytes.
-_MOST_TOKEN_PAIRS = 3_000_000
+# The pair input alone has 6 GB there.
+_MOST_TOKEN_PAIRS = 11_000_000
 
 # Of the n x n comparison, which takes 45 bytes per pair.
 _MOST_COMPARED_ATOMS = 8192

@@ -209,8 +209,6 @@ def transform_boltz_atom_attention(
     token_act: jax.Array,
     atoms: jax.Array,
   ) -> jax.Array:
-    if context.decoder is None:
-      raise ValueError('decode: this configuration has no decoder')
     bf.check_decoder_inputs(config, token_act, atoms, context.num_tokens)
     own = pm.below(params, 'atom_attention_decoder/')
     return decode(own, context, token_act, atoms)
@@ -449,8 +447,12 @@ def decode(
     context: of the complex.
     token_act: [n_token, 2 token_s] float.
     atoms: [n_atom, atom_s] float, of the encoder.
+
+  Raises:
+    ValueError: if the configuration of the context has no decoder.
   """
-  assert context.decoder is not None
+  if context.decoder is None:
+    raise ValueError('context: its configuration has no decoder')
   act = bt.linear(params, 'a_to_q_trans', token_act)
   q = atoms + _to_atoms(act, context.atom_to_token).astype(atoms.dtype)
   q = _transform(pm.below(params, 'atom_decoder/'), q, context, context.decoder)

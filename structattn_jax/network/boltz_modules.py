@@ -445,7 +445,26 @@ class AttentionPairBias(hk.Module):
     return bt.attention_pair_bias(params, x, _heads_first(bias, mask), mask)
 
 
-class DiffusionTransformer(hk.Module):
+class _Transformer(hk.Module):
+  """What both transformers take."""
+
+  def __init__(
+    self,
+    depth: int,
+    num_head: int,
+    *,
+    project_pair: bool = True,
+    post_layer_norm: bool = False,
+    name: str | None = None,
+  ):
+    super().__init__(name=name)
+    self.depth = depth
+    self.num_head = num_head
+    self.project_pair = project_pair
+    self.post_layer_norm = post_layer_norm
+
+
+class DiffusionTransformer(_Transformer):
   """Layers of attention with pair bias and conditioned transition, Alg. 23.
 
   Each layer of Boltz-1 projects the pair to its bias; in Boltz-2 the biases of
@@ -458,21 +477,6 @@ class DiffusionTransformer(hk.Module):
     post_layer_norm: whether each layer ends with a layer norm (Boltz-2).
     name: module name.
   """
-
-  def __init__(
-    self,
-    depth: int,
-    num_head: int,
-    *,
-    project_pair: bool = True,
-    post_layer_norm: bool = False,
-    name: str = 'diffusion_transformer',
-  ):
-    super().__init__(name=name)
-    self.depth = depth
-    self.num_head = num_head
-    self.project_pair = project_pair
-    self.post_layer_norm = post_layer_norm
 
   def __call__(
     self, a: jax.Array, s: jax.Array, pair: jax.Array, mask: jax.Array
@@ -522,26 +526,11 @@ class DiffusionTransformer(hk.Module):
     )
 
 
-class AtomTransformer(hk.Module):
+class AtomTransformer(_Transformer):
   """The diffusion transformer over windows of atoms, Alg. 7.
 
   Args of the constructor: as `DiffusionTransformer`.
   """
-
-  def __init__(
-    self,
-    depth: int,
-    num_head: int,
-    *,
-    project_pair: bool = True,
-    post_layer_norm: bool = False,
-    name: str = 'atom_transformer',
-  ):
-    super().__init__(name=name)
-    self.depth = depth
-    self.num_head = num_head
-    self.project_pair = project_pair
-    self.post_layer_norm = post_layer_norm
 
   def __call__(
     self, q: jax.Array, c: jax.Array, p: jax.Array, mask: jax.Array

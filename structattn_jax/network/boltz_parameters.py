@@ -127,15 +127,28 @@ def _num_features(config: Config) -> int:
   return number
 
 
-def attention_encoder_parameters(config: Config) -> pm.Table:
-  """Of `encode`; in Boltz-1 with those of `atom_encoder_parameters`."""
+def _atom_transformer_parameters(
+  config: Config, depth: int, num_head: int, *, post_layer_norm: bool
+) -> pm.Table:
+  """Of the transformer over atoms; only in Boltz-1 it projects the pair."""
   is_first = not isinstance(config, Boltz2AtomAttentionConfig)
-  transformer = bt.diffusion_transformer_parameters(
-    config.atom_encoder_depth,
-    config.atom_encoder_heads,
+  return bt.diffusion_transformer_parameters(
+    depth,
+    num_head,
     config.atom_s,
     config.atom_s,
     config.atom_z if is_first else None,
+    post_layer_norm=post_layer_norm,
+  )
+
+
+def attention_encoder_parameters(config: Config) -> pm.Table:
+  """Of `encode`; in Boltz-1 with those of `atom_encoder_parameters`."""
+  is_first = not isinstance(config, Boltz2AtomAttentionConfig)
+  transformer = _atom_transformer_parameters(
+    config,
+    config.atom_encoder_depth,
+    config.atom_encoder_heads,
     post_layer_norm=not is_first and config.transformer_post_layer_norm,
   )
   width = (2 if config.structure_prediction else 1) * config.token_s
@@ -154,12 +167,10 @@ def attention_decoder_parameters(config: Config) -> pm.Table:
   """Of `decode`."""
   is_first = not isinstance(config, Boltz2AtomAttentionConfig)
   post_layer_norm = not is_first and config.decoder_post_layer_norm
-  transformer = bt.diffusion_transformer_parameters(
+  transformer = _atom_transformer_parameters(
+    config,
     config.atom_decoder_depth,
     config.atom_decoder_heads,
-    config.atom_s,
-    config.atom_s,
-    config.atom_z if is_first else None,
     post_layer_norm=post_layer_norm,
   )
   s, name = config.atom_s, 'atom_feat_to_atom_pos_update'

@@ -121,6 +121,7 @@ from structattn_jax.network.invariant_point_attention import (
   InvariantPointAttentionConfig,
   InvariantPointAttentionOutput,
   LowRankPair,
+  SharedPair,
   transform_ipa,
 )
 from structattn_jax.network.pallatom_atom_transformers import (
@@ -237,6 +238,7 @@ __all__ = [
   'Rigid',
   'SeddConfig',
   'SelfAttentionConfig',
+  'SharedPair',
   'SingleConditioning',
   'StructureModule',
   'StructureModuleConfig',

@@ -133,13 +133,26 @@ class LayerNorm(hk.Module):
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """Normalises [..., c]; returns the dtype of `x`."""
-    shape = x.shape[-1:]
+    scale, offset = self.parameters(x)
     y = numerics.layer_norm(numerics.at_least_float32(x))
-    if self.create_scale:
-      y *= hk.get_parameter('scale', shape, y.dtype, jnp.ones)
-    if self.create_offset:
-      y += hk.get_parameter('offset', shape, y.dtype, jnp.zeros)
+    if scale is not None:
+      y *= scale
+    if offset is not None:
+      y += offset
     return y.astype(x.dtype)
+
+  @hk.name_like('__call__')
+  def parameters(
+    self, x: jax.Array
+  ) -> tuple[jax.Array | None, jax.Array | None]:
+    """Scale and offset for [..., c], if there are, to be applied elsewhere."""
+    shape, dtype = x.shape[-1:], parameter_dtype(x)
+    scale = offset = None
+    if self.create_scale:
+      scale = hk.get_parameter('scale', shape, dtype, jnp.ones)
+    if self.create_offset:
+      offset = hk.get_parameter('offset', shape, dtype, jnp.zeros)
+    return scale, offset
 
 
 def parameter_dtype(x: jax.Array) -> jnp.dtype:

@@ -23,16 +23,26 @@ import numpy as np
 
 from structattn_jax.common import numerics
 
+# Of layer norms.
+_EPSILON = 1e-5
+
 
 class PairGradientSlots(NamedTuple):
   """Zeros whose cotangents are the factors of the pair's gradient.
 
   A call of `blocked_attend` sends its attention weights and the gradient of its
-  pair result here, see `defer_pair_gradient`.
+  pair result here, see `share_pair`.
   """
 
   weights: jax.Array  # [n, n_head, n_res]
   gradient: jax.Array  # [n, n_head, c]
+
+
+class Blocks(NamedTuple):
+  """How many query rows to work on at a time."""
+
+  forward: int
+  backward: int
 
 
 class Rows(NamedTuple):
@@ -45,6 +55,9 @@ class Rows(NamedTuple):
   # [n, n_head, c]: their products with the pair are logits too.
   pair_queries: jax.Array | None = None
   pair: jax.Array | None = None  # [n, n_res, c]
+  # [n, n_res]: values are of the pair's rows normalised, this is their
+  # 1 / sqrt(variance + epsilon). Needs `pair_gradient`, as it gets no gradient.
+  pair_deviation: jax.Array | None = None
   # Where the gradient of pair values goes instead of to the pair.
   pair_gradient: PairGradientSlots | None = None
 
@@ -106,21 +119,30 @@ def _differences(a: jax.Array, b: jax.Array) -> list[jax.Array]:
   return [a[:, None, x] - b[:, x] for x in range(3)]
 
 
-def _logits(rows: Rows, context: Context) -> tuple[jax.Array, jax.Array]:
-  """Logits [n, n_head, n_res] and squared frame distances [n, n_res]."""
+def _pair_logits(rows: Rows, context: Context) -> jax.Array | None:
+  """The term of the pair, [n, n_head, n_res]."""
   pair = _pair_of(rows, context)
+  if rows.bias is not None:
+    return rows.bias
+  if pair is not None and rows.pair_queries is not None:
+    return pair_logits(rows.pair_queries, pair)
+  if pair is not None and context.shared_pair_queries is not None:
+    return pair_logits(context.shared_pair_queries, pair)
+  return None
+
+
+def _logits(
+  rows: Rows, context: Context, by_pair: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+  """Logits [n, n_head, n_res] and squared frame distances [n, n_res]."""
   # From differences, not expanded: exact for near frames.
   dx, dy, dz = _differences(rows.translation, context.translation)
   squared = jnp.square(dx) + jnp.square(dy) + jnp.square(dz)
   logits = _exact_einsum('ihd,hdj->hij', rows.queries, context.keys)
   logits = jnp.swapaxes(logits, 0, 1)
   logits -= context.distance_weight[:, None] * squared[:, None]
-  if rows.bias is not None:
-    logits += rows.bias
-  elif pair is not None and rows.pair_queries is not None:
-    logits += pair_logits(rows.pair_queries, pair)
-  elif pair is not None and context.shared_pair_queries is not None:
-    logits += pair_logits(context.shared_pair_queries, pair)
+  if by_pair is not None:
+    logits += by_pair
   return logits, squared
 
 
@@ -134,36 +156,46 @@ def _results(weights: jax.Array, rows: Rows, context: Context) -> Result:
   values = _exact_einsum('hij,hjd->hid', by_head, context.values)
   values = jnp.swapaxes(values, 0, 1)
   pair = _pair_of(rows, context)
-  return Result(values, None if pair is None else _pair_values(weights, pair))
+  if pair is None:
+    return Result(values, None)
+  if rows.pair_deviation is None:
+    return Result(values, _pair_values(weights, pair))
+  # The mean over channels of a sum of rows is the sum of their means.
+  by_pair = _pair_values(weights * rows.pair_deviation[:, None], pair)
+  return Result(values, _centred(by_pair))
+
+
+def _centred(x: Any) -> jax.Array:
+  return x - jnp.mean(x, -1, keepdims=True)
 
 
 def attend(rows: Rows, context: Context) -> tuple[Result, jax.Array]:
   """Attention of all rows at once; also the weights [n, n_head, n_res]."""
-  logits, _ = _logits(rows, context)
+  logits, _ = _logits(rows, context, _pair_logits(rows, context))
   weights = numerics.masked_softmax(logits, _key_mask(rows, context))
   return _results(weights, rows, context), weights
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def blocked_attend(block: int, rows: Rows, context: Context) -> Result:
-  """Attention of `block` rows at a time, over whole rows of keys.
+def blocked_attend(blocks: Blocks, rows: Rows, context: Context) -> Result:
+  """Attention of a block of rows at a time, over whole rows of keys.
 
   Needs no online softmax, reads every pair row once, and holds no array of
   size n_res x n_head x n_res. The backward pass recomputes the weights of a
   block from the log of the softmax denominator.
   """
-  return _blocked_forward(block, rows, context)[0]
+  return _blocked_forward(blocks, rows, context)[0]
 
 
 def _blocked_forward(
-  block: int, rows: Rows, context: Context
+  blocks: Blocks, rows: Rows, context: Context
 ) -> tuple[Result, Any]:
-  n_res = rows.mask.shape[0]
+  n_res, block = rows.mask.shape[0], blocks.forward
   starts, join = _schedule(n_res, block)
 
   def step(start: jax.Array) -> tuple[Result, jax.Array]:
     own = _block_of(rows, context, start, block)
-    logits, _ = _logits(own, context)
+    logits, _ = _logits(own, context, _pair_logits(own, context))
     mask = _key_mask(own, context)
     lowest = jnp.finfo(logits.dtype).min
     largest = jnp.max(logits, -1, where=mask, initial=lowest, keepdims=True)
@@ -179,11 +211,13 @@ def _blocked_forward(
 
 
 def _blocked_backward(
-  block: int, residuals: Any, gradient: Result
+  blocks: Blocks, residuals: Any, gradient: Result
 ) -> tuple[Rows, Context]:
   rows, context, results, log_total = residuals
-  n_res = rows.mask.shape[0]
+  n_res, block = rows.mask.shape[0], blocks.backward
   starts, join = _schedule(n_res, block)
+  if rows.pair_deviation is not None:
+    gradient = gradient._replace(pair=_centred(gradient.pair))
   # d softmax: ds = p (dp - delta) with delta = sum_j p dp = do . o.
   delta = jnp.sum(gradient.values * results.values, -1)
   if results.pair is not None:
@@ -201,15 +235,25 @@ def _blocked_backward(
     )
     own_delta = jnp.where(is_owned, own_delta, 0)
 
-    logits, squared = _logits(own, context)
+    pair = _pair_of(own, context)
+    by_pair, d_by_pair = own.bias, None
+    if pair is not None and by_pair is None and own.pair_queries is not None:
+      # Products with the pair take half the time together.
+      queries = own.pair_queries.astype(own_gradient.pair.dtype)
+      both = pair_logits(jnp.concatenate([queries, own_gradient.pair], 1), pair)
+      by_pair, d_by_pair = jnp.split(both, 2, 1)
+    elif pair is not None:
+      d_by_pair = pair_logits(own_gradient.pair, pair)
+    logits, squared = _logits(own, context, by_pair)
     weights = jnp.exp(logits - own_log[..., None])
     weights = jnp.where(_key_mask(own, context), weights, 0)
     d_weights = jnp.swapaxes(
       _exact_einsum('ihd,hjd->hij', own_gradient.values, context.values), 0, 1
     )
-    pair = _pair_of(own, context)
-    if pair is not None:
-      d_weights += pair_logits(own_gradient.pair, pair)
+    if d_by_pair is not None:
+      if own.pair_deviation is not None:
+        d_by_pair *= own.pair_deviation[:, None]
+      d_weights += d_by_pair
     d_logits = weights * (d_weights - own_delta[..., None])
 
     # Queries, keys and values.
@@ -292,9 +336,7 @@ def _blocked_backward(
   # Sums over blocks; each block writes its own rows of the pair.
   summed = jax.tree.map(numerics.at_least_float32, carry._replace(pair=None))
   carry = summed._replace(pair=carry.pair)
-  owned_from = (
-    starts if n_res % block == 0 else starts.at[0].set(n_res // block * block)
-  )
+  owned_from = _owned_from(starts, n_res, block)
   carry, by_row = jax.lax.scan(step, carry, jnp.stack([starts, owned_from], 1))
   d_queries, d_translation, d_bias, d_pair_queries, d_slots = jax.tree.map(
     join, by_row
@@ -316,6 +358,7 @@ def _blocked_backward(
       like(d_bias, rows.bias),
       like(d_pair_queries, rows.pair_queries),
       like(carry.pair, rows.pair),
+      like(None, rows.pair_deviation),
       d_slots,
     ),
     Context(
@@ -333,57 +376,121 @@ def _blocked_backward(
 blocked_attend.defvjp(_blocked_forward, _blocked_backward)
 
 
-def defer_pair_gradient(
-  pair: jax.Array, num_calls: int, num_head: int
-) -> tuple[jax.Array, PairGradientSlots]:
-  """Lets calls of `blocked_attend` with one pair share its gradient.
+class SharedPair(NamedTuple):
+  """What calls of `blocked_attend` with one pair share, see `share_pair`."""
+
+  bias: jax.Array  # [n_res, n_head, n_res], for the rows' `bias`
+  deviation: jax.Array | None  # [n_res, n_res], for their `pair_deviation`
+  # Of each call, along a new first axis, for their `pair_gradient`.
+  slots: PairGradientSlots
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def share_pair(
+  blocks: Blocks,
+  num_calls: int,
+  normalise: bool,
+  pair: jax.Array,
+  weights: jax.Array,
+) -> SharedPair:
+  """Lets calls of `blocked_attend` with one pair share its logits and gradient.
 
   The gradient of the weighted pair rows, sum_j w_j z_j, is an outer product per
-  call, as large as the pair. With this its factors are collected, and the sum
-  over all calls is one product.
+  call, as large as the pair. Here the factors of all calls are collected, and
+  their sum is one product for a block of rows at a time. A layer norm of the
+  pair, too, is applied and differentiated on the way: its result is never
+  stored.
 
   Args:
-    pair: [n_res, n_res, c] float.
-    num_calls: calls that share it.
-    num_head: heads of each.
+    blocks: static.
+    num_calls: static; calls that share the pair.
+    normalise: static; whether logits and values are of the layer norm of the
+      pair, without scale and offset.
+    pair: [n_res, n_res, c] float. The calls take it without a gradient, as
+      `jax.lax.stop_gradient(pair)`.
+    weights: [n_head, c] float, from the pair to its logits.
 
   Returns:
-    The pair to use in all calls, without a gradient of its own, and the slots
-    of the calls along a new first axis, for the rows' `pair_gradient`. Logits
-    must not come from that pair but from `bias`, made of the original.
+    What the calls need beside the pair.
   """
-  return jax.lax.stop_gradient(pair), _slots(pair, num_calls, num_head)
+  return _share_forward(blocks, num_calls, normalise, pair, weights)[0]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _slots(pair: jax.Array, num_calls: int, num_head: int) -> PairGradientSlots:
-  dtype = numerics.at_least_float32(pair).dtype
+def _share_forward(blocks, num_calls, normalise, pair, weights):
   n_res, _, c = pair.shape
-  return PairGradientSlots(
-    jnp.zeros((num_calls, n_res, num_head, n_res), dtype),
-    jnp.zeros((num_calls, n_res, num_head, c), dtype),
+  block = blocks.forward
+  n_head, dtype = weights.shape[0], numerics.at_least_float32(pair).dtype
+  starts, join = _schedule(n_res, block)
+  matrix = _centred(weights) if normalise else weights
+
+  def step(start: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+    own = _rows_from(pair, start, block)
+    by_row = jnp.broadcast_to(matrix, (block, *matrix.shape))
+    logits = pair_logits(by_row, own)
+    if not normalise:
+      return logits, None
+    _, deviation = _normalised(own)
+    return logits * deviation[:, None], deviation
+
+  bias, deviation = jax.tree.map(join, jax.lax.map(step, starts))
+  slots = PairGradientSlots(
+    jnp.zeros((num_calls, n_res, n_head, n_res), dtype),
+    jnp.zeros((num_calls, n_res, n_head, c), dtype),
   )
+  return SharedPair(bias, deviation, slots), (pair, weights)
 
 
-def _slots_forward(
-  pair: jax.Array, num_calls: int, num_head: int
-) -> tuple[PairGradientSlots, jax.Array]:
-  return _slots(pair, num_calls, num_head), jnp.zeros((), pair.dtype)
+def _share_backward(blocks, num_calls, normalise, residuals, found):
+  del num_calls
+  pair, weights = residuals
+  n_res, block = pair.shape[0], blocks.backward
+  starts, _ = _schedule(n_res, block)
+  matrix = _centred(weights) if normalise else weights
+  by_row = jnp.broadcast_to(matrix, (1, block, *matrix.shape))
 
+  def step(carry, scheduled):
+    d_pair, d_matrix = carry
+    start, owned_from = scheduled
+    own = numerics.at_least_float32(_rows_from(pair, start, block))
+    is_owned = start + jnp.arange(block) >= owned_from
+    sent, by = (
+      jax.lax.dynamic_slice_in_dim(x, start, block, 1) for x in found.slots
+    )
+    d_bias = _rows_from(found.bias, start, block)
+    d_bias = jnp.where(is_owned[:, None, None], d_bias, 0)
+    sent = jnp.concatenate([d_bias[None], sent]).astype(pair.dtype)
+    by = jnp.concatenate([by_row.astype(by.dtype), by]).astype(pair.dtype)
+    d_own = _einsum('tihj,tihc->ijc', sent, by)
+    if normalise:
+      own, deviation = _normalised(own)
+      along = jnp.mean(d_own * own, -1, keepdims=True)
+      d_own = deviation[..., None] * (d_own - own * along)
+    d_matrix += jnp.einsum('ihj,ijc->hc', d_bias, own)
+    d_pair = jax.lax.dynamic_update_slice_in_dim(
+      d_pair, d_own.astype(pair.dtype), start, 0
+    )
+    return (d_pair, d_matrix), None
 
-def _slots_backward(
-  num_calls: int, num_head: int, like: jax.Array, found: PairGradientSlots
-) -> tuple[jax.Array]:
-  del num_calls, num_head
-  gradient = _einsum(
-    'tihj,tihc->ijc',
-    found.weights.astype(like.dtype),
-    found.gradient.astype(like.dtype),
+  owned_from = _owned_from(starts, n_res, block)
+  carry = (
+    jnp.zeros_like(pair),
+    numerics.at_least_float32(jnp.zeros_like(weights)),
   )
-  return (gradient.astype(like.dtype),)
+  (d_pair, d_matrix), _ = jax.lax.scan(
+    step, carry, jnp.stack([starts, owned_from], 1)
+  )
+  d_weights = _centred(d_matrix) if normalise else d_matrix
+  return d_pair, d_weights.astype(weights.dtype)
 
 
-_slots.defvjp(_slots_forward, _slots_backward)
+share_pair.defvjp(_share_forward, _share_backward)
+
+
+def _normalised(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Layer norm of [..., c] and its 1 / sqrt(variance + epsilon), [...]."""
+  x = _centred(numerics.at_least_float32(x))
+  deviation = jax.lax.rsqrt(jnp.mean(jnp.square(x), -1) + _EPSILON)
+  return x * deviation[..., None], deviation
 
 
 class _Carry(NamedTuple):
@@ -430,3 +537,10 @@ def _schedule(n_res: int, block: int) -> tuple[jax.Array, Any]:
     return jnp.concatenate([whole, x[0, block - rest :]])
 
   return jnp.asarray([n_res - block, *starts]), join
+
+
+def _owned_from(starts: jax.Array, n_res: int, block: int) -> jax.Array:
+  """First row of each block that no later block has."""
+  if n_res % block == 0:
+    return starts
+  return starts.at[0].set(n_res // block * block)

@@ -25,6 +25,7 @@ an accuracy that does not depend on the distance from the origin.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, Literal, Self
 
 import haiku as hk
@@ -41,9 +42,12 @@ Implementation = Literal['dense', 'blocked']
 # softplus of this is 1, so that learned head weights start at 1.
 _UNIT_POINT_WEIGHT = float(np.log(np.e - 1.0))
 
-# Query rows per step of 'blocked'. On CPU a block of logits then stays in
-# cache (8 to 32 measure alike); accelerators want more work per step.
-_CPU_BLOCK, _ACCELERATOR_BLOCK = 16, 128
+# Query rows per step of 'blocked'. On CPU they stay in cache: forward that is a
+# matter of the pair, of which so many entries are a megabyte (at 2048 residues
+# 2 rows take 0.6 times as long as 16), backward all rows of keys are updated by
+# every block. Accelerators want more work per step.
+_CPU_BLOCK, _CPU_BACKWARD_BLOCK, _ACCELERATOR_BLOCK = 16, 8, 128
+_CPU_PAIR_ENTRIES = 2**18
 # Above this many residues accelerators trade speed for memory. Not measured.
 _ACCELERATOR_DENSE_LIMIT = 1024
 
@@ -70,8 +74,9 @@ class InvariantPointAttentionConfig(base_config.BaseConfig):
       it is as fast at 64 residues and faster from 256 on, and for more than
       1024 residues on accelerators, else 'dense'. The choice changes rounding
       only.
-    query_block: queries per step of 'blocked'; None means 16 on CPU, 128 on
-      accelerators. Need not divide the number of residues.
+    query_block: queries per step of 'blocked'; None means 128 on accelerators
+      and on CPU 8 in the backward pass and, forward, as many as have a megabyte
+      of the pair, 2 to 16. Need not divide the number of residues.
   """
 
   parameterisation: Literal['monomer', 'multimer', 'seed'] = 'monomer'
@@ -121,6 +126,25 @@ class LowRankPair:
 
   query: jax.Array
   key: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SharedPair:
+  """A pair representation prepared for several calls, from `share_pair`.
+
+  Attributes:
+    pair: [n_res, n_res, c_z] float, as it was given if `deviation` is there.
+    bias: [n_res, n_head, n_res] float32, its term of the logits.
+    deviation: [n_res, n_res] 1 / sqrt(variance + epsilon) of each row of a pair
+      whose layer norm is meant; None if the pair is to be taken as it is.
+    layer_norm: scale and offset of that layer norm, each [c_z].
+  """
+
+  pair: jax.Array
+  bias: jax.Array
+  deviation: jax.Array | None = None
+  layer_norm: tuple[jax.Array, jax.Array] | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -177,7 +201,7 @@ class InvariantPointAttention(hk.Module):
   def __call__(
     self,
     single: jax.Array,
-    pair: jax.Array | LowRankPair | None,
+    pair: jax.Array | LowRankPair | SharedPair | None,
     rotation: jax.Array,
     translation: jax.Array,
     mask: jax.Array | None = None,
@@ -190,15 +214,14 @@ class InvariantPointAttention(hk.Module):
 
     Args:
       single: [n_res, c_s] float.
-      pair: [n_res, n_res, c_z] float, query residue first, or `LowRankPair`;
-        None leaves out the pair bias and the pair values.
+      pair: [n_res, n_res, c_z] float, query residue first, or `LowRankPair`, or
+        `SharedPair`; None leaves out the pair bias and the pair values.
       rotation: [n_res, 3, 3] float, orthonormal, acting on column vectors.
       translation: [n_res, 3] float, any length unit.
       mask: [n_res] bool, True = real residue; None means all real.
       pair_bias: [n_res, n_head, n_res] from the method `pair_bias`, to be used
-        instead of projecting `pair` again.
-      pair_gradient: the slots of this call from `share_pair`, whose pair and a
-        `pair_bias` of the original pair must then be given.
+        instead of projecting `pair` again. A `SharedPair` has its own.
+      pair_gradient: of this call, from `share_pair`, whose pair must be given.
       return_attention: whether to return intermediates too (dense).
 
     Returns:
@@ -210,6 +233,9 @@ class InvariantPointAttention(hk.Module):
       TypeError: on a wrong dtype.
     """
     config = self.config
+    shared = None
+    if isinstance(pair, SharedPair):
+      shared, pair, pair_bias = pair, pair.pair, pair.bias
     if isinstance(pair, LowRankPair):
       full_pair, factors = None, (pair.query, pair.key)
     else:
@@ -253,11 +279,13 @@ class InvariantPointAttention(hk.Module):
       scalars, (q_point, k_point, v_point), translation, mask
     )
     rows, context = self._add_pair(rows, context, pair, pair_bias)
+    if shared is not None:
+      rows = rows._replace(pair_deviation=shared.deviation)
     rows = rows._replace(pair_gradient=pair_gradient)
     if return_attention:
       result, weights = kernel.attend(rows, context)
     else:
-      result, weights = _attention(config, n_res)(rows, context), None
+      result, weights = _attention(config, rows)(rows, context), None
     result_point = result.values[..., config.num_scalar_v :]
     result_point = result_point.reshape(n_res, config.num_head, -1, 3)
     result_point = _rotate(
@@ -274,7 +302,11 @@ class InvariantPointAttention(hk.Module):
       by_rank = result.pair.reshape(shape)
       features.append(jnp.einsum('ihrc,irc->ihc', by_rank, pair.query))
     elif result.pair is not None:
-      features.append(result.pair)
+      by_pair = result.pair
+      if shared is not None and shared.layer_norm is not None:
+        scale, offset = shared.layer_norm
+        by_pair = by_pair * scale + offset  # Weights sum to one.
+      features.append(by_pair)
     features = jnp.concatenate(
       [x.reshape(n_res, -1).astype(single.dtype) for x in features], -1
     )
@@ -306,22 +338,42 @@ class InvariantPointAttention(hk.Module):
       self._pair_weights(pair.shape[-1], pair.dtype), pair
     )
 
+  @hk.name_like('__call__')
   def share_pair(
-    self, pair: jax.Array, num_calls: int
-  ) -> tuple[jax.Array, kernel.PairGradientSlots | None]:
-    """Lets several calls with the same pair compute its gradient at once.
+    self,
+    pair: jax.Array,
+    num_calls: int,
+    layer_norm: tuple[jax.Array, jax.Array] | None = None,
+  ) -> tuple[SharedPair, kernel.PairGradientSlots | None]:
+    """Lets several calls share the logits and the gradient of one pair.
 
     Args:
       pair: [n_res, n_res, c_z] float.
       num_calls: calls that will be made.
+      layer_norm: scale and offset, [c_z], of a layer norm of the pair, which
+        the calls then see without it ever being stored; None: the pair itself.
 
     Returns:
-      The pair for these calls and their `pair_gradient` along a new first axis,
-      None where the implementation has no use for it.
+      The pair for these calls, and their `pair_gradient` along a new first
+      axis, None where the implementation has no use for it.
     """
-    if _query_block(self.config, pair.shape[0]) is None:
-      return pair, None
-    return kernel.defer_pair_gradient(pair, num_calls, self.config.num_head)
+    checks.check_shapes(pair=(pair, 'n_res n_res c_z'))
+    weights = self._pair_weights(pair.shape[-1], pair.dtype)
+    blocks = _blocks(self.config, pair.shape[0], pair.shape[-1])
+    if blocks is None:
+      if layer_norm is not None:
+        scale, offset = layer_norm
+        pair = numerics.layer_norm(numerics.at_least_float32(pair))
+        pair = pair * scale + offset
+      return SharedPair(pair, kernel.pair_logits(weights, pair)), None
+    if layer_norm is not None:
+      # The offset adds the same to the logits of all keys.
+      weights = weights * layer_norm[0]
+    found = kernel.share_pair(
+      blocks, num_calls, layer_norm is not None, pair, weights
+    )
+    pair, deviation = jax.lax.stop_gradient((pair, found.deviation))
+    return SharedPair(pair, found.bias, deviation, layer_norm), found.slots
 
   @hk.transparent
   def _project(self, single: jax.Array) -> tuple[tuple, tuple]:
@@ -599,18 +651,21 @@ def _rotate(rotation: jax.Array, points: jax.Array) -> jax.Array:
   )
 
 
-def _attention(config: InvariantPointAttentionConfig, n_res: int) -> Any:
+def _attention(
+  config: InvariantPointAttentionConfig, rows: kernel.Rows
+) -> Callable[[kernel.Rows, kernel.Context], kernel.Result]:
   """The implementation that the config or the device asks for."""
-  block = _query_block(config, n_res)
-  if block is None:
+  c_z = 0 if rows.pair is None else rows.pair.shape[-1]
+  blocks = _blocks(config, rows.mask.shape[0], c_z)
+  if blocks is None:
     return lambda rows, context: kernel.attend(rows, context)[0]
-  return functools.partial(kernel.blocked_attend, block)
+  return functools.partial(kernel.blocked_attend, blocks)
 
 
-def _query_block(
-  config: InvariantPointAttentionConfig, n_res: int
-) -> int | None:
-  """Rows per block, None if dense."""
+def _blocks(
+  config: InvariantPointAttentionConfig, n_res: int, c_z: int
+) -> kernel.Blocks | None:
+  """Rows at a time where each has a pair [n_res, c_z]; None if dense."""
   on_cpu = jax.default_backend() == 'cpu'
   chosen = config.implementation
   if chosen is None:
@@ -618,5 +673,12 @@ def _query_block(
     chosen = 'dense' if small else 'blocked'
   if chosen == 'dense' or not n_res:
     return None
-  block = config.query_block or (_CPU_BLOCK if on_cpu else _ACCELERATOR_BLOCK)
-  return min(block, n_res)
+  if config.query_block is not None:
+    blocks = kernel.Blocks(config.query_block, config.query_block)
+  elif on_cpu:
+    fitting = _CPU_PAIR_ENTRIES // max(1, n_res * c_z)
+    forward = max(2, min(_CPU_BLOCK, fitting))
+    blocks = kernel.Blocks(forward, _CPU_BACKWARD_BLOCK)
+  else:
+    blocks = kernel.Blocks(_ACCELERATOR_BLOCK, _ACCELERATOR_BLOCK)
+  return kernel.Blocks(*(min(x, n_res) for x in blocks))

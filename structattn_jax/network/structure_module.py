@@ -15,10 +15,10 @@ between iterations.
 
 Differs from released AF2: masked residues receive no update from attention (AF2
 lets them attend to everything), so their rows, which nobody should read,
-differ. The pair is normalised and projected to logits once instead of in each
-iteration, iterations are a scan whose pair gradient is one product at the end,
-and side chains are built for all iterations together; none of this changes an
-output.
+differ. The pair is projected to logits once instead of in each iteration, its
+layer norm is never stored, iterations are a scan whose pair gradient is one
+product at the end, and side chains are built for all iterations together; none
+of this changes an output.
 """
 
 import dataclasses
@@ -255,10 +255,9 @@ class StructureModule(hk.Module):
 
     single = hm.LayerNorm(name='single_layer_norm')(single)
     act = hm.Linear(config.num_channel, name='initial_projection')(single)
-    pair = hm.LayerNorm(name='pair_layer_norm')(pair)
+    layer_norm = hm.LayerNorm(name='pair_layer_norm').parameters(pair)
     fold_iteration = FoldIteration(config)
-    pair_bias = fold_iteration.pair_bias(pair)
-    pair, pair_gradients = fold_iteration.share_pair(pair)
+    shared_pair, pair_gradients = fold_iteration.share_pair(pair, layer_norm)
 
     if config.parameterisation == 'monomer':
       frames = geometry.QuatAffine.identity((n_res,), act.dtype)
@@ -272,9 +271,8 @@ class StructureModule(hk.Module):
       key, pair_gradient = scanned
       act, frames = fold_iteration(
         *carry,
-        pair,
+        shared_pair,
         mask,
-        pair_bias=pair_bias,
         pair_gradient=pair_gradient,
         dropout_key=key,
       )
@@ -346,10 +344,9 @@ class FoldIteration(hk.Module):
     self,
     act: jax.Array,
     frames: Frames,
-    pair: jax.Array,
+    pair: jax.Array | ipa_lib.SharedPair,
     mask: jax.Array,
     *,
-    pair_bias: jax.Array | None = None,
     pair_gradient: Any = None,
     dropout_key: jax.Array | None = None,
   ) -> tuple[jax.Array, Frames]:
@@ -359,9 +356,8 @@ class FoldIteration(hk.Module):
       act: [n_res, c] float.
       frames: [n_res] frames, `QuatAffine` (monomer) or `Rigid` (multimer), in
         units of `position_scale`.
-      pair: [n_res, n_res, c_z] float, already normalised.
+      pair: [n_res, n_res, c_z] float, already normalised, or from `share_pair`.
       mask: [n_res] bool.
-      pair_bias: from the method `pair_bias`; None computes it.
       pair_gradient: of this iteration, from the method `share_pair`.
       dropout_key: PRNG key; None means no dropout.
 
@@ -380,7 +376,6 @@ class FoldIteration(hk.Module):
       frames.rotation,
       frames.translation,
       mask,
-      pair_bias=pair_bias,
       pair_gradient=pair_gradient,
     )
     act += cast(jax.Array, update)
@@ -405,28 +400,19 @@ class FoldIteration(hk.Module):
     return act, backbone_update(frames, self._frame_update(act))
 
   @hk.name_like('__call__')
-  def pair_bias(self, pair: jax.Array) -> jax.Array:
-    """Pair term of the attention logits, the same in all iterations.
+  def share_pair(
+    self, pair: jax.Array, layer_norm: tuple[jax.Array, jax.Array]
+  ) -> tuple[ipa_lib.SharedPair, Any]:
+    """What all iterations need of the pair, and its gradient, computed once.
 
     Args:
-      pair: [n_res, n_res, c_z] float, already normalised.
-
-    Returns:
-      What `InvariantPointAttention` takes as `pair_bias`.
-    """
-    return self._attention().pair_bias(pair)
-
-  @hk.name_like('__call__')
-  def share_pair(self, pair: jax.Array) -> tuple[jax.Array, Any]:
-    """Lets all iterations compute the gradient of the pair at once.
-
-    Args:
-      pair: [n_res, n_res, c_z] float, already normalised.
+      pair: [n_res, n_res, c_z] float, not yet normalised.
+      layer_norm: scale and offset of its layer norm, [c_z].
 
     Returns:
       The pair for all iterations, and their `pair_gradient` to be scanned over.
     """
-    return self._attention().share_pair(pair, self.config.num_layer)
+    return self._attention().share_pair(pair, self.config.num_layer, layer_norm)
 
   @hk.name_like('__call__')
   def torsion_angles(self, act: jax.Array, initial_act: jax.Array) -> jax.Array:

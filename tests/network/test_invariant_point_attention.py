@@ -11,6 +11,7 @@ import registry
 
 import structattn_jax as sa
 from structattn_jax import data, testing
+from structattn_jax.common import numerics
 
 CASE = registry.CASES['af2_ipa']
 
@@ -360,33 +361,56 @@ def test_shared_pair_bias_changes_nothing(implementation):
   assert_close(value_and_gradient(shared.apply, params, pair), want)
 
 
-@pytest.mark.parametrize('implementation', ['dense', 'blocked'])
-def test_pair_gradient_shared_by_scanned_calls_changes_nothing(implementation):
+@pytest.mark.parametrize('has_layer_norm', [False, True])
+@pytest.mark.parametrize(
+  ('implementation', 'query_block'),
+  [('dense', None), ('blocked', 4), ('blocked', 3), ('blocked', None)],
+)
+def test_pair_shared_by_scanned_calls_changes_nothing(
+  implementation, query_block, has_layer_norm
+):
   config = sa.InvariantPointAttentionConfig(
-    num_head=3, zero_init=False, implementation=implementation, query_block=4
+    num_head=3,
+    zero_init=False,
+    implementation=implementation,
+    query_block=query_block,
   )
+  # Rows of various size, and far from a mean of zero.
+  rng = np.random.default_rng(3)
+  pair = PAIRS['full'] * rng.uniform(0.1, 4, PAIRS['full'].shape[:2])[..., None]
+  pair = pair.astype(np.float32) + 3
+  channels = pair.shape[-1]
+  norm = {
+    'scale': rng.uniform(0.5, 2, channels).astype(np.float32),
+    'offset': rng.standard_normal(channels).astype(np.float32),
+  }
 
-  def calls(pair, is_shared, single, **inputs):
+  def calls(pair, norm, is_shared, single, **inputs):
     ipa = sa.InvariantPointAttention(config)
-    bias, slots = ipa.pair_bias(pair), None
+    slots = None
     if is_shared:
-      pair, slots = ipa.share_pair(pair, 3)
+      given = (norm['scale'], norm['offset']) if has_layer_norm else None
+      pair, slots = ipa.share_pair(pair, 3, given)
+    elif has_layer_norm:
+      pair = numerics.layer_norm(pair) * norm['scale'] + norm['offset']
 
     def step(single, slots):
-      update = ipa(single, pair, pair_bias=bias, pair_gradient=slots, **inputs)
+      update = ipa(single, pair, pair_gradient=slots, **inputs)
       return single + update, None
 
     return hk.scan(step, single, slots, length=3)[0]
 
   fn = hk.without_apply_rng(hk.transform(calls))
-  pair = PAIRS['full']
-  params = fn.init(jax.random.key(0), pair, False, **INPUTS)
+  params = fn.init(jax.random.key(0), pair, norm, False, **INPUTS)
+  shared = fn.init(jax.random.key(0), pair, norm, True, **INPUTS)
+  assert jax.tree.map(np.shape, shared) == jax.tree.map(np.shape, params)
 
   def of(is_shared):
     def apply(params, *, pair, **inputs):
-      return fn.apply(params, pair, is_shared, **inputs)
+      params, norm = params
+      return fn.apply(params, pair, norm, is_shared, **inputs)
 
-    return value_and_gradient(apply, params, pair)
+    return value_and_gradient(apply, (params, norm), pair)
 
   assert_close(of(True), of(False))
 

@@ -5,9 +5,12 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 FILE ?=
 WORKERS ?= 2
+UV := $(shell command -v uv 2>/dev/null)
+INSTALL := $(if $(UV),uv pip install --quiet --python $(BIN)/python,\
+  $(BIN)/python -m pip install --quiet --disable-pip-version-check)
 .DEFAULT_GOAL := help
 
-.PHONY: help run test test-slow lint format bench notebooks clean
+.PHONY: help run test test-slow lint format bench peers notebooks clean
 
 help: ## Show this list.
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -33,6 +36,10 @@ format: $(VENV)/.lint ## Apply the formatter.
 bench: $(VENV)/.run ## Measure all systems against published formulations.
 	$(BIN)/python -m structattn_jax.benchmark
 
+peers: $(VENV)/.peers ## Install the published code that `bench` then compares with.
+	$(INSTALL) --no-deps boltz==2.2.1 alphafold-colabfold==2.3.27 \
+	  colabfold-kernels==0.9.0
+
 notebooks: $(VENV)/.notebooks ## Execute the notebooks in place.
 	$(BIN)/jupytext --quiet --to ipynb notebooks/*.py
 	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/jupyter nbconvert --to notebook \
@@ -46,14 +53,12 @@ $(VENV)/.run: EXTRA = run
 $(VENV)/.test: EXTRA = test
 $(VENV)/.lint: EXTRA = lint
 $(VENV)/.notebooks: EXTRA = notebooks
-$(VENV)/.run $(VENV)/.test $(VENV)/.lint $(VENV)/.notebooks: pyproject.toml
+$(VENV)/.peers: EXTRA = run,peers
+$(VENV)/.run $(VENV)/.test $(VENV)/.lint $(VENV)/.notebooks $(VENV)/.peers: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo 'Python 3.11 or newer is needed; choose one with PYTHON=...' >&2; exit 1; }
-	@if command -v uv >/dev/null 2>&1; then \
-	  test -x $(BIN)/python || uv venv --quiet --python "$$(command -v $(PYTHON))" $(VENV); \
-	  uv pip install --quiet --python $(BIN)/python -e '.[$(EXTRA)]'; \
-	else \
-	  test -x $(BIN)/python || $(PYTHON) -m venv $(VENV); \
-	  $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$(EXTRA)]'; \
-	fi
+	@test -x $(BIN)/python || $(if $(UV),\
+	  uv venv --quiet --python "$$(command -v $(PYTHON))" $(VENV),\
+	  $(PYTHON) -m venv $(VENV))
+	@$(INSTALL) -e '.[$(EXTRA)]'
 	@touch $@

@@ -5,8 +5,8 @@ Candidates:
   blocked, dense: the implementations of `network.invariant_point_attention`.
   published: the released computation written out: point distances and point
     sums elementwise over [n_head, n_res, n_res, n_point], an additive mask.
-  alphafold: DeepMind's own class, where the package `alphafold-colabfold` of
-    the extra `peers` can be imported. The baseline, else 'published' is.
+  alphafold: DeepMind's own class, where the package `alphafold-colabfold` can
+    be imported (`make peers`). The baseline, else 'published' is.
   lucidrains: the torch module of the package `invariant-point-attention`, where
     it can be imported, with the same weights. It has no biases of queries, keys
     and values, so all candidates have zeros there, and it turns points by the

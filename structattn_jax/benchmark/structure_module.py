@@ -7,8 +7,8 @@ Candidates:
     iteration.
   published: the released loop written out: the pair projected to logits, and
     side chains built, in every iteration; attention as 'published' in `ipa`.
-  alphafold: DeepMind's own class, where the packages of the extra `peers` can
-    be imported. The baseline, else 'published' is.
+  alphafold: DeepMind's own class, where the package `alphafold-colabfold` can
+    be imported (`make peers`). The baseline, else 'published' is.
 
 'forward+backward' returns the value of a scalar and its gradient with respect
 to parameters, single and pair.

@@ -43,11 +43,11 @@ Implementation = Literal['dense', 'blocked']
 _UNIT_POINT_WEIGHT = float(np.log(np.e - 1.0))
 
 # Query rows per step of 'blocked'. On CPU they stay in cache: forward that is a
-# matter of the pair, of which so many entries are a megabyte (at 2048 residues
-# 2 rows take 0.6 times as long as 16), backward all rows of keys are updated by
+# matter of the pair, of which so many entries are 2 MB (at 2048 residues 2 rows
+# take 0.6 times as long as 16), backward all rows of keys are updated by
 # every block. Accelerators want more work per step.
 _CPU_BLOCK, _CPU_BACKWARD_BLOCK, _ACCELERATOR_BLOCK = 16, 8, 128
-_CPU_PAIR_ENTRIES = 2**18
+_CPU_PAIR_ENTRIES = 2**19
 # Above this many residues accelerators trade speed for memory. Not measured.
 _ACCELERATOR_DENSE_LIMIT = 1024
 
@@ -75,8 +75,8 @@ class InvariantPointAttentionConfig(base_config.BaseConfig):
       1024 residues on accelerators, else 'dense'. The choice changes rounding
       only.
     query_block: queries per step of 'blocked'; None means 128 on accelerators
-      and on CPU 8 in the backward pass and, forward, as many as have a megabyte
-      of the pair, 2 to 16. Need not divide the number of residues.
+      and on CPU 8 in the backward pass and, forward, as many as have 2 MB of
+      the pair, 2 to 16. Need not divide the number of residues.
   """
 
   parameterisation: Literal['monomer', 'multimer', 'seed'] = 'monomer'

@@ -552,9 +552,12 @@ def update(shape: tuple[int, int, int]) -> dict[str, Candidate]:
     return sampling.categorical_from_uniform(probabilities, uniform)
 
   log_score = np.array(network.log_score(logits, tokens, sigma))
+  # On the device before, as torch's tensors are.
   found = {
-    'program': _compiled(ours, padded, tokens, key),
-    'published': _compiled(published, log_score, tokens, key),
+    'program': _compiled(ours, *map(jnp.asarray, (padded, tokens)), key),
+    'published': _compiled(
+      published, *map(jnp.asarray, (log_score, tokens)), key
+    ),
   }
   if baseline() == 'torch':
     given = sedd_torch.tensors({'tokens': tokens})['tokens']

@@ -6,9 +6,9 @@ distance, and a pair part, applied to scalar and point values and to the pair.
 
 `attend` is the reference; `blocked_attend` gives the same numbers from a block
 of query rows at a time, with its own backward pass, in memory proportional to
-n_res x block. On CPU it is also faster from 256 residues on (1.5 times forward,
-1.7 with gradient; `make bench`), since a block's logits stay in cache and every
-pair row is read once.
+n_res x block. On CPU it is also faster from 256 residues on (1.4 to 1.8 times
+forward, 1.7 to 1.9 with gradient; `make bench`), since a block's logits stay in
+cache and every pair row is read from memory once.
 
 Shapes: n_res residues as keys; n query rows; n_head heads; d features of
 queries and keys; d_v of values; c channels of the pair.
@@ -23,7 +23,7 @@ import numpy as np
 
 from structattn_jax.common import numerics
 
-# Of layer norms.
+# As `numerics.layer_norm` has it.
 _EPSILON = 1e-5
 
 
@@ -55,9 +55,9 @@ class Rows(NamedTuple):
   # [n, n_head, c]: their products with the pair are logits too.
   pair_queries: jax.Array | None = None
   pair: jax.Array | None = None  # [n, n_res, c]
-  # [n, n_res]: values are of the pair's rows normalised, this is their
-  # 1 / sqrt(variance + epsilon). Needs `pair_gradient`, as it gets no gradient.
-  pair_deviation: jax.Array | None = None
+  # [n, n_res]: values are of the layer norm of the pair, and this is its
+  # 1 / sqrt(variance + epsilon). Only with `pair_gradient`, as it has none.
+  pair_inverse_deviation: jax.Array | None = None
   # Where the gradient of pair values goes instead of to the pair.
   pair_gradient: PairGradientSlots | None = None
 
@@ -158,10 +158,10 @@ def _results(weights: jax.Array, rows: Rows, context: Context) -> Result:
   pair = _pair_of(rows, context)
   if pair is None:
     return Result(values, None)
-  if rows.pair_deviation is None:
+  if rows.pair_inverse_deviation is None:
     return Result(values, _pair_values(weights, pair))
   # The mean over channels of a sum of rows is the sum of their means.
-  by_pair = _pair_values(weights * rows.pair_deviation[:, None], pair)
+  by_pair = _pair_values(weights * rows.pair_inverse_deviation[:, None], pair)
   return Result(values, _centred(by_pair))
 
 
@@ -216,7 +216,7 @@ def _blocked_backward(
   rows, context, results, log_total = residuals
   n_res, block = rows.mask.shape[0], blocks.backward
   starts, join = _schedule(n_res, block)
-  if rows.pair_deviation is not None:
+  if rows.pair_inverse_deviation is not None:
     gradient = gradient._replace(pair=_centred(gradient.pair))
   # d softmax: ds = p (dp - delta) with delta = sum_j p dp = do . o.
   delta = jnp.sum(gradient.values * results.values, -1)
@@ -238,7 +238,7 @@ def _blocked_backward(
     pair = _pair_of(own, context)
     by_pair, d_by_pair = own.bias, None
     if pair is not None and by_pair is None and own.pair_queries is not None:
-      # Products with the pair take half the time together.
+      # One product with the pair instead of two.
       queries = own.pair_queries.astype(own_gradient.pair.dtype)
       both = pair_logits(jnp.concatenate([queries, own_gradient.pair], 1), pair)
       by_pair, d_by_pair = jnp.split(both, 2, 1)
@@ -251,8 +251,8 @@ def _blocked_backward(
       _exact_einsum('ihd,hjd->hij', own_gradient.values, context.values), 0, 1
     )
     if d_by_pair is not None:
-      if own.pair_deviation is not None:
-        d_by_pair *= own.pair_deviation[:, None]
+      if own.pair_inverse_deviation is not None:
+        d_by_pair *= own.pair_inverse_deviation[:, None]
       d_weights += d_by_pair
     d_logits = weights * (d_weights - own_delta[..., None])
 
@@ -358,7 +358,7 @@ def _blocked_backward(
       like(d_bias, rows.bias),
       like(d_pair_queries, rows.pair_queries),
       like(carry.pair, rows.pair),
-      like(None, rows.pair_deviation),
+      like(None, rows.pair_inverse_deviation),
       d_slots,
     ),
     Context(
@@ -380,7 +380,8 @@ class SharedPair(NamedTuple):
   """What calls of `blocked_attend` with one pair share, see `share_pair`."""
 
   bias: jax.Array  # [n_res, n_head, n_res], for the rows' `bias`
-  deviation: jax.Array | None  # [n_res, n_res], for their `pair_deviation`
+  # [n_res, n_res], for their `pair_inverse_deviation`; None: no layer norm
+  inverse_deviation: jax.Array | None
   # Of each call, along a new first axis, for their `pair_gradient`.
   slots: PairGradientSlots
 
@@ -429,15 +430,15 @@ def _share_forward(blocks, num_calls, normalise, pair, weights):
     logits = pair_logits(by_row, own)
     if not normalise:
       return logits, None
-    _, deviation = _normalised(own)
-    return logits * deviation[:, None], deviation
+    _, inverse_deviation = _normalised(own)
+    return logits * inverse_deviation[:, None], inverse_deviation
 
-  bias, deviation = jax.tree.map(join, jax.lax.map(step, starts))
+  bias, inverse_deviation = jax.tree.map(join, jax.lax.map(step, starts))
   slots = PairGradientSlots(
     jnp.zeros((num_calls, n_res, n_head, n_res), dtype),
     jnp.zeros((num_calls, n_res, n_head, c), dtype),
   )
-  return SharedPair(bias, deviation, slots), (pair, weights)
+  return SharedPair(bias, inverse_deviation, slots), (pair, weights)
 
 
 def _share_backward(blocks, num_calls, normalise, residuals, found):
@@ -462,9 +463,9 @@ def _share_backward(blocks, num_calls, normalise, residuals, found):
     by = jnp.concatenate([by_row.astype(by.dtype), by]).astype(pair.dtype)
     d_own = _einsum('tihj,tihc->ijc', sent, by)
     if normalise:
-      own, deviation = _normalised(own)
+      own, inverse_deviation = _normalised(own)
       along = jnp.mean(d_own * own, -1, keepdims=True)
-      d_own = deviation[..., None] * (d_own - own * along)
+      d_own = inverse_deviation[..., None] * (d_own - own * along)
     d_matrix += jnp.einsum('ihj,ijc->hc', d_bias, own)
     d_pair = jax.lax.dynamic_update_slice_in_dim(
       d_pair, d_own.astype(pair.dtype), start, 0
@@ -489,8 +490,8 @@ share_pair.defvjp(_share_forward, _share_backward)
 def _normalised(x: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Layer norm of [..., c] and its 1 / sqrt(variance + epsilon), [...]."""
   x = _centred(numerics.at_least_float32(x))
-  deviation = jax.lax.rsqrt(jnp.mean(jnp.square(x), -1) + _EPSILON)
-  return x * deviation[..., None], deviation
+  inverse_deviation = jax.lax.rsqrt(jnp.mean(jnp.square(x), -1) + _EPSILON)
+  return x * inverse_deviation[..., None], inverse_deviation
 
 
 class _Carry(NamedTuple):

@@ -42,12 +42,14 @@ Implementation = Literal['dense', 'blocked']
 # softplus of this is 1, so that learned head weights start at 1.
 _UNIT_POINT_WEIGHT = float(np.log(np.e - 1.0))
 
-# Query rows per step of 'blocked'. On CPU they stay in cache: forward that is a
-# matter of the pair, of which so many entries are 2 MB (at 2048 residues 2 rows
-# take 0.6 times as long as 16), backward all rows of keys are updated by
-# every block. Accelerators want more work per step.
-_CPU_BLOCK, _CPU_BACKWARD_BLOCK, _ACCELERATOR_BLOCK = 16, 8, 128
-_CPU_PAIR_ENTRIES = 2**19
+# Query rows per step of 'blocked'. On CPU a step should stay in cache. Forward,
+# its rows of the pair are most of it: as many as have 2 MB, but 2 to 16 (with
+# 2048 residues 2 rows take 0.6 times as long as 16). Backward, every step also
+# updates the gradients of all keys and values: 8 rows, which measured best or
+# as good from 256 to 2048 residues. Accelerators want more work per step.
+_CPU_LEAST_BLOCK, _CPU_BLOCK, _CPU_BACKWARD_BLOCK = 2, 16, 8
+_CPU_PAIR_ENTRIES = 2 * 2**20 // 4
+_ACCELERATOR_BLOCK = 128
 # Above this many residues accelerators trade speed for memory. Not measured.
 _ACCELERATOR_DENSE_LIMIT = 1024
 
@@ -134,16 +136,16 @@ class SharedPair:
   """A pair representation prepared for several calls, from `share_pair`.
 
   Attributes:
-    pair: [n_res, n_res, c_z] float, as it was given if `deviation` is there.
+    pair: [n_res, n_res, c_z] float, before the layer norm, if there is one.
     bias: [n_res, n_head, n_res] float32, its term of the logits.
-    deviation: [n_res, n_res] 1 / sqrt(variance + epsilon) of each row of a pair
-      whose layer norm is meant; None if the pair is to be taken as it is.
+    inverse_deviation: [n_res, n_res] 1 / sqrt(variance + epsilon) over the
+      channels of `pair`, if its layer norm is meant; None: the pair as it is.
     layer_norm: scale and offset of that layer norm, each [c_z].
   """
 
   pair: jax.Array
   bias: jax.Array
-  deviation: jax.Array | None = None
+  inverse_deviation: jax.Array | None = None
   layer_norm: tuple[jax.Array, jax.Array] | None = None
 
 
@@ -221,18 +223,21 @@ class InvariantPointAttention(hk.Module):
       mask: [n_res] bool, True = real residue; None means all real.
       pair_bias: [n_res, n_head, n_res] from the method `pair_bias`, to be used
         instead of projecting `pair` again. A `SharedPair` has its own.
-      pair_gradient: of this call, from `share_pair`, whose pair must be given.
-      return_attention: whether to return intermediates too (dense).
+      pair_gradient: of this call, from `share_pair`, with its `SharedPair`.
+      return_attention: whether to return intermediates too (dense); not with
+        `pair_gradient`, which only the blocks fill.
 
     Returns:
       [n_res, num_channel] in the dtype of `single`, zero for masked residues;
       or an `InvariantPointAttentionOutput`.
 
     Raises:
-      ValueError: on a wrong shape.
+      ValueError: on a wrong shape, or if only one of a `SharedPair` and its
+        `pair_gradient` is given: the gradient of the pair would be lost.
       TypeError: on a wrong dtype.
     """
     config = self.config
+    _check_pair_gradient(config, pair, pair_gradient, return_attention)
     shared = None
     if isinstance(pair, SharedPair):
       shared, pair, pair_bias = pair, pair.pair, pair.bias
@@ -280,7 +285,7 @@ class InvariantPointAttention(hk.Module):
     )
     rows, context = self._add_pair(rows, context, pair, pair_bias)
     if shared is not None:
-      rows = rows._replace(pair_deviation=shared.deviation)
+      rows = rows._replace(pair_inverse_deviation=shared.inverse_deviation)
     rows = rows._replace(pair_gradient=pair_gradient)
     if return_attention:
       result, weights = kernel.attend(rows, context)
@@ -372,8 +377,12 @@ class InvariantPointAttention(hk.Module):
     found = kernel.share_pair(
       blocks, num_calls, layer_norm is not None, pair, weights
     )
-    pair, deviation = jax.lax.stop_gradient((pair, found.deviation))
-    return SharedPair(pair, found.bias, deviation, layer_norm), found.slots
+    # Their gradients are the affair of the slots.
+    pair, inverse_deviation = jax.lax.stop_gradient(
+      (pair, found.inverse_deviation)
+    )
+    shared = SharedPair(pair, found.bias, inverse_deviation, layer_norm)
+    return shared, found.slots
 
   @hk.transparent
   def _project(self, single: jax.Array) -> tuple[tuple, tuple]:
@@ -651,6 +660,32 @@ def _rotate(rotation: jax.Array, points: jax.Array) -> jax.Array:
   )
 
 
+def _check_pair_gradient(
+  config: InvariantPointAttentionConfig,
+  pair: jax.Array | LowRankPair | SharedPair | None,
+  pair_gradient: kernel.PairGradientSlots | None,
+  return_attention: bool,
+) -> None:
+  """Raises an error where the gradient of a shared pair would be lost."""
+  has_slots = isinstance(pair, SharedPair) and (
+    _blocks(config, *pair.pair.shape[1:]) is not None
+  )
+  if has_slots and pair_gradient is None:
+    raise ValueError(
+      'pair_gradient: expected that of this call from share_pair, as pair is a '
+      'SharedPair; got None'
+    )
+  if pair_gradient is None:
+    return
+  if not isinstance(pair, SharedPair):
+    raise ValueError(
+      'pair: expected the SharedPair that share_pair returned with '
+      f'pair_gradient, got {type(pair).__name__}'
+    )
+  if return_attention:
+    raise ValueError('return_attention: expected False with a pair_gradient')
+
+
 def _attention(
   config: InvariantPointAttentionConfig, rows: kernel.Rows
 ) -> Callable[[kernel.Rows, kernel.Context], kernel.Result]:
@@ -677,7 +712,7 @@ def _blocks(
     blocks = kernel.Blocks(config.query_block, config.query_block)
   elif on_cpu:
     fitting = _CPU_PAIR_ENTRIES // max(1, n_res * c_z)
-    forward = max(2, min(_CPU_BLOCK, fitting))
+    forward = max(_CPU_LEAST_BLOCK, min(_CPU_BLOCK, fitting))
     blocks = kernel.Blocks(forward, _CPU_BACKWARD_BLOCK)
   else:
     blocks = kernel.Blocks(_ACCELERATOR_BLOCK, _ACCELERATOR_BLOCK)

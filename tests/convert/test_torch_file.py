@@ -111,6 +111,7 @@ def test_peer_torch_reads_the_same(name):
   if name == OMEGACONF:
     pytest.importorskip('omegaconf')
   got = torch_file.load(GOLDENS / name)
+  # Our own sample files; torch refuses some of their classes otherwise.
   want = torch.load(GOLDENS / name, weights_only=False, map_location='cpu')
   if name == OMEGACONF:
     got, want = got['state_dict'], want['state_dict']

@@ -332,6 +332,15 @@ def test_missing_trunk_or_positions_raise(boltz1):
     other.precompute(params, features(), SINGLE, PAIR)
 
 
+def test_decode_without_a_decoder_raises():
+  config = dataclasses.replace(BOLTZ1, atom_decoder_depth=0)
+  functions = sa.transform_boltz_atom_attention(config)
+  params = random_params(boltz_parameters.atom_attention_parameters(config))
+  context = functions.precompute(params, features(), SINGLE, PAIR)
+  with pytest.raises(ValueError, match=r'^context: .* no decoder$'):
+    functions.decode(params, context, normal(N_TOKEN, 10), normal(N_ATOM, 8))
+
+
 # The transformer by itself.
 
 

@@ -415,6 +415,35 @@ def test_pair_shared_by_scanned_calls_changes_nothing(
   assert_close(of(True), of(False))
 
 
+def test_a_shared_pair_needs_its_gradient():
+  config = sa.InvariantPointAttentionConfig(
+    num_head=3, implementation='blocked', query_block=4
+  )
+  pair = PAIRS['full']
+
+  def call(with_pair, with_slots, **options):
+    def forward(**inputs):
+      ipa = sa.InvariantPointAttention(config)
+      shared, slots = ipa.share_pair(pair, 1)
+      slots = jax.tree.map(lambda x: x[0], slots)
+      return ipa(
+        pair=shared if with_pair else pair,
+        pair_gradient=slots if with_slots else None,
+        **options,
+        **inputs,
+      )
+
+    return hk.transform(forward).init(jax.random.key(0), **INPUTS)
+
+  call(True, True)
+  with pytest.raises(ValueError, match='pair_gradient: expected'):
+    call(True, False)
+  with pytest.raises(ValueError, match='pair: expected the SharedPair'):
+    call(False, True)
+  with pytest.raises(ValueError, match='return_attention'):
+    call(True, True, return_attention=True)
+
+
 def test_blocked_holds_no_logits_of_all_queries():
   n_res, n_head = 256, 6
   init, apply = sa.transform_ipa(

@@ -123,6 +123,7 @@ from structattn_jax.network.invariant_point_attention import (
   LowRankPair,
   SharedPair,
   transform_ipa,
+  transform_ipa_pair_bias,
 )
 from structattn_jax.network.pallatom_atom_transformers import (
   AtomAttentionDecoder,
@@ -159,6 +160,7 @@ from structattn_jax.network.sedd_dual_track import (
   transform_sedd_dual_track,
 )
 from structattn_jax.network.structure_module import (
+  FoldIteration,
   StructureModule,
   StructureModuleConfig,
   StructureModuleOutput,
@@ -220,6 +222,7 @@ __all__ = [
   'DualTrackConfig',
   'DualTrackOutput',
   'FinalLayer',
+  'FoldIteration',
   'FourierEmbedding',
   'InvariantPointAttention',
   'InvariantPointAttentionConfig',
@@ -296,6 +299,7 @@ __all__ = [
   'transform_boltz_atom_attention',
   'transform_dual_track',
   'transform_ipa',
+  'transform_ipa_pair_bias',
   'transform_sedd',
   'transform_sedd_dual_track',
   'transform_structure_module',

@@ -50,7 +50,26 @@ AF3_ATOM_SIZES = {
     'attention': {'num_head': 4, 'key_dim': 128, 'value_dim': 128},
   },
 }
+STRUCTURE_SIZES = {
+  'num_layer': 8,
+  'num_layer_in_transition': 3,
+  'num_channel': 384,
+  'dropout': 0.1,
+  'sidechain': {'num_channel': 128, 'num_residual_block': 2},
+}
 PRESETS = {
+  **{
+    f'af2_{form}_structure_module': (
+      sa.StructureModuleConfig,
+      {
+        'parameterisation': form,
+        'position_scale': scale,
+        **STRUCTURE_SIZES,
+        **IPA_SIZES,
+      },
+    )
+    for form, scale in (('monomer', 10.0), ('multimer', 20.0))
+  },
   'seed_af2_ipa': (
     sa.InvariantPointAttentionConfig,
     {

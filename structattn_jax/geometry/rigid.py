@@ -320,32 +320,36 @@ class Rigid:
     ca: jax.typing.ArrayLike,
     c: jax.typing.ArrayLike,
     *,
-    epsilon: float = 1e-8,
+    epsilon: float | None = None,
+    parameterisation: rotation_lib.Parameterisation = 'monomer',
   ) -> 'Rigid':
     """Backbone frames of AF2: origin CA, x axis to C, N in the xy plane.
 
     e0 = C - CA, e1 = N - CA made perpendicular to e0, e2 = e0 x e1; columns of
     R. This is Alg. 21 called as `atom37_to_frames` does (which flips x and z
-    after calling it with C and N exchanged).
+    after calling it with C and N exchanged), and the multimer's
+    `make_transform_from_reference`.
 
     Args:
       n: [..., 3] float, positions of N.
       ca: [..., 3] float, positions of CA.
       c: [..., 3] float, positions of C.
-      epsilon: added to squared lengths, in the squared unit of the positions.
+      epsilon: see `rotation_from_two_vectors`; None means upstream's.
+      parameterisation: 'monomer' or 'multimer', whose lengths differ.
 
     Returns:
       Frames of shape [...].
 
     Raises:
-      ValueError: on a shape mismatch, naming the argument.
+      ValueError: on a shape mismatch, naming the argument, or an unknown
+        parameterisation.
     """
     rotation_lib.check_trailing(n=(n, '3'), ca=(ca, '3'), c=(c, '3'))
     n, ca, c = map(numerics.at_least_float32, (n, ca, c))
-    return cls(
-      rotation_lib.rotation_from_two_vectors(c - ca, n - ca, epsilon=epsilon),
-      ca,
+    rotation = rotation_lib.rotation_from_two_vectors(
+      c - ca, n - ca, epsilon=epsilon, parameterisation=parameterisation
     )
+    return cls(rotation, ca)
 
   @classmethod
   def from_three_points(

@@ -15,13 +15,18 @@ fill matrix units anyway. AF2's r3.py does the same for the same reason.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from structattn_jax.common import checks, numerics
+
+Parameterisation = Literal['monomer', 'multimer']
+
+# Of squared lengths: added by AF2's monomer, a lower bound in its multimer.
+_EPSILON = {'monomer': 1e-8, 'multimer': 1e-12}
 
 
 def rotate(
@@ -286,30 +291,47 @@ def rotation_from_two_vectors(
   e0: jax.typing.ArrayLike,
   e1: jax.typing.ArrayLike,
   *,
-  epsilon: float = 1e-8,
+  epsilon: float | None = None,
+  parameterisation: Parameterisation = 'monomer',
 ) -> jax.Array:
   """Gram-Schmidt: x axis along `e0`, `e1` in the upper half of the xy plane.
 
   u0 = e0 / |e0|,  u1 = (e1 - (e1·u0) u0) / |...|,  u2 = u0 x u1
-  with |v| = sqrt(v·v + epsilon), so degenerate input has finite gradients
-  (but then gives no rotation). AF2 `rots_from_two_vecs`, Alg. 21.
+  with |v| = sqrt(v·v + epsilon) as AF2's monomer (`rots_from_two_vecs`, Alg.
+  21) or sqrt(max(v·v, epsilon)) as its multimer (`Rot3Array.from_two_vectors`).
+  Degenerate input has finite gradients (but then gives no rotation).
 
   Args:
     e0: [..., 3] float, any length.
     e1: [..., 3] float, any length, not parallel to `e0`; same leading axes.
-    epsilon: added to squared lengths, in their unit.
+    epsilon: added to squared lengths, or their lower bound, in their unit; None
+      means upstream's: 1e-8 added (monomer), at least 1e-12 (multimer).
+    parameterisation: 'monomer' or 'multimer', the two forms above.
 
   Returns:
     [..., 3, 3] with columns u0, u1, u2, at least float32.
 
   Raises:
-    ValueError: if a last axis is not 3, or the shapes differ.
+    ValueError: if a last axis is not 3, the shapes differ, or the
+      parameterisation is unknown.
   """
   check_trailing(e0=(e0, '3'), e1=(e1, '3'))
+  if parameterisation not in _EPSILON:
+    raise ValueError(
+      f"parameterisation: expected 'monomer' or 'multimer', got "
+      f'{parameterisation!r}'
+    )
+  least = _EPSILON[parameterisation] if epsilon is None else epsilon
+
+  def unit(v: jax.Array) -> jax.Array:
+    if parameterisation == 'monomer':
+      return v / numerics.safe_norm(v, epsilon=least)[..., None]
+    squared = jnp.sum(jnp.square(v), -1, keepdims=True)
+    return v / jnp.sqrt(jnp.maximum(squared, least))
+
   e0, e1 = numerics.at_least_float32(e0), numerics.at_least_float32(e1)
-  u0 = e0 / numerics.safe_norm(e0, epsilon=epsilon)[..., None]
-  e1 = e1 - jnp.sum(e1 * u0, -1, keepdims=True) * u0
-  u1 = e1 / numerics.safe_norm(e1, epsilon=epsilon)[..., None]
+  u0 = unit(e0)
+  u1 = unit(e1 - jnp.sum(e1 * u0, -1, keepdims=True) * u0)
   return jnp.stack([u0, u1, jnp.cross(u0, u1)], -1)
 
 

@@ -169,8 +169,18 @@ def _centred(x: Any) -> jax.Array:
   return x - jnp.mean(x, -1, keepdims=True)
 
 
+def mask_pair(pair: jax.Array, rows: jax.Array, keys: jax.Array) -> jax.Array:
+  """The pair [n, n_res, c], zero where either residue is masked.
+
+  There it may hold anything, and zero times NaN would not be zero.
+  """
+  return jnp.where((rows[:, None] & keys)[..., None], pair, 0)
+
+
 def attend(rows: Rows, context: Context) -> tuple[Result, jax.Array]:
   """Attention of all rows at once; also the weights [n, n_head, n_res]."""
+  if rows.pair is not None:
+    rows = rows._replace(pair=mask_pair(rows.pair, rows.mask, context.mask))
   logits, _ = _logits(rows, context, _pair_logits(rows, context))
   weights = numerics.masked_softmax(logits, _key_mask(rows, context))
   return _results(weights, rows, context), weights
@@ -393,6 +403,7 @@ def share_pair(
   normalise: bool,
   pair: jax.Array,
   weights: jax.Array,
+  mask: jax.Array,
 ) -> SharedPair:
   """Lets calls of `blocked_attend` with one pair share its logits and gradient.
 
@@ -410,14 +421,15 @@ def share_pair(
     pair: [n_res, n_res, c] float. The calls take it without a gradient, as
       `jax.lax.stop_gradient(pair)`.
     weights: [n_head, c] float, from the pair to its logits.
+    mask: [n_res] bool; pairs of masked residues may hold anything.
 
   Returns:
     What the calls need beside the pair.
   """
-  return _share_forward(blocks, num_calls, normalise, pair, weights)[0]
+  return _share_forward(blocks, num_calls, normalise, pair, weights, mask)[0]
 
 
-def _share_forward(blocks, num_calls, normalise, pair, weights):
+def _share_forward(blocks, num_calls, normalise, pair, weights, mask):
   n_res, _, c = pair.shape
   block = blocks.forward
   n_head, dtype = weights.shape[0], numerics.at_least_float32(pair).dtype
@@ -425,7 +437,7 @@ def _share_forward(blocks, num_calls, normalise, pair, weights):
   matrix = _centred(weights) if normalise else weights
 
   def step(start: jax.Array) -> tuple[jax.Array, jax.Array | None]:
-    own = _rows_from(pair, start, block)
+    own = mask_pair(*_rows_from((pair, mask), start, block), mask)
     by_row = jnp.broadcast_to(matrix, (block, *matrix.shape))
     logits = pair_logits(by_row, own)
     if not normalise:
@@ -438,12 +450,12 @@ def _share_forward(blocks, num_calls, normalise, pair, weights):
     jnp.zeros((num_calls, n_res, n_head, n_res), dtype),
     jnp.zeros((num_calls, n_res, n_head, c), dtype),
   )
-  return SharedPair(bias, inverse_deviation, slots), (pair, weights)
+  return SharedPair(bias, inverse_deviation, slots), (pair, weights, mask)
 
 
 def _share_backward(blocks, num_calls, normalise, residuals, found):
   del num_calls
-  pair, weights = residuals
+  pair, weights, mask = residuals
   n_res, block = pair.shape[0], blocks.backward
   starts, _ = _schedule(n_res, block)
   matrix = _centred(weights) if normalise else weights
@@ -452,7 +464,8 @@ def _share_backward(blocks, num_calls, normalise, residuals, found):
   def step(carry, scheduled):
     d_pair, d_matrix = carry
     start, owned_from = scheduled
-    own = numerics.at_least_float32(_rows_from(pair, start, block))
+    own = mask_pair(*_rows_from((pair, mask), start, block), mask)
+    own = numerics.at_least_float32(own)
     is_owned = start + jnp.arange(block) >= owned_from
     sent, by = (
       jax.lax.dynamic_slice_in_dim(x, start, block, 1) for x in found.slots
@@ -481,7 +494,8 @@ def _share_backward(blocks, num_calls, normalise, residuals, found):
     step, carry, jnp.stack([starts, owned_from], 1)
   )
   d_weights = _centred(d_matrix) if normalise else d_matrix
-  return d_pair, d_weights.astype(weights.dtype)
+  none: Any = np.zeros(mask.shape, jax.dtypes.float0)
+  return d_pair, d_weights.astype(weights.dtype), none
 
 
 share_pair.defvjp(_share_forward, _share_backward)
@@ -514,6 +528,8 @@ def _rows_from(tree: Any, start: jax.Array, block: int) -> Any:
 
 def _block_of(rows: Rows, context: Context, start: jax.Array, n: int) -> Rows:
   own: Rows = _rows_from(rows, start, n)
+  if own.pair is not None:
+    own = own._replace(pair=mask_pair(own.pair, own.mask, context.mask))
   shared = context.shared_pair_queries
   if shared is not None:
     own = own._replace(

@@ -16,6 +16,27 @@ from structattn_jax import geometry
 from structattn_jax.common import checks, numerics
 from structattn_jax.network import residue_constants
 
+# Angles of length zero have no direction; AF2 divides by 1e-6 at least.
+_ANGLE_EPSILON = 1e-12
+
+
+def normalise_torsion_angles(angles_sin_cos: jax.Array) -> jax.Array:
+  """Angles of norm one, Alg. 20 line 14: u rsqrt(max(u·u, 1e-12)).
+
+  Args:
+    angles_sin_cos: [..., 2] float, (sin, cos) of any length.
+
+  Returns:
+    [..., 2], at least float32.
+
+  Raises:
+    ValueError: if the last axis is not 2.
+  """
+  geometry.rotation.check_trailing(angles_sin_cos=(angles_sin_cos, '2'))
+  angles = numerics.at_least_float32(angles_sin_cos)
+  squared = jnp.sum(jnp.square(angles), -1, keepdims=True)
+  return angles * jax.lax.rsqrt(jnp.maximum(squared, _ANGLE_EPSILON))
+
 
 def torsion_angles_to_frames(
   backbone: geometry.Rigid, angles_sin_cos: jax.Array, aatype: jax.Array

@@ -101,7 +101,8 @@ def frame_aligned_point_error(
     pair_mask: [n_frame, n_point] bool; None keeps all pairs. The monomer form
       does not count pairs and takes none.
     length_scale: Z, angstrom.
-    clamp_distance: largest error that counts, angstrom; None means no clamp.
+    clamp_distance: largest error that counts, angstrom; None and 0 mean no
+      clamp, as in AF2.
     clamp_weight: [] float w in [0, 1] gives w clamped + (1 - w) unclamped
       errors (AF2's `use_clamped_fape`); None means 1.
     parameterisation: 'monomer' or 'multimer', the two forms above.
@@ -113,7 +114,8 @@ def frame_aligned_point_error(
     [] float, at least float32; zero if no pair is kept.
 
   Raises:
-    ValueError: on a wrong shape, or a pair mask in the monomer form.
+    ValueError: on a wrong shape, a pair mask in the monomer form, or a length
+      that is not positive.
     TypeError: on a wrong dtype.
   """
   for name, frames in (
@@ -150,6 +152,15 @@ def frame_aligned_point_error(
     'bool', frame_mask=frame_mask, point_mask=point_mask, pair_mask=pair_mask
   )
   _check_parameterisation(parameterisation)
+  if not length_scale > 0:
+    raise ValueError(
+      f'length_scale: expected a positive length, got {length_scale}'
+    )
+  if clamp_distance is not None and not clamp_distance >= 0:
+    raise ValueError(
+      'clamp_distance: expected a positive length, or 0 or None for no clamp, '
+      f'got {clamp_distance}'
+    )
   if parameterisation == 'monomer' and pair_mask is not None:
     raise ValueError(
       "pair_mask: parameterisation='monomer' takes none; use 'multimer'"
@@ -176,7 +187,7 @@ def frame_aligned_point_error(
       error = jnp.sqrt(squared + epsilon)
     else:
       error = jnp.sqrt(jnp.maximum(squared, _MULTIMER_EPSILON))
-    if clamp_distance is not None:
+    if clamp_distance:
       clamped = jnp.minimum(error, clamp_distance)
       if clamp_weight is None:
         error = clamped
@@ -197,8 +208,8 @@ def frame_aligned_point_error(
   if pair_mask is None:
     count = num_frame * jnp.sum(point_mask, dtype=dtype)
   else:
-    keep = pair_mask & frame_mask[:, None] & point_mask
-    count = jnp.sum(keep, dtype=dtype)
+    by_frame = jnp.sum(pair_mask & point_mask, 1)
+    count = jnp.sum(jnp.where(frame_mask, by_frame, 0), dtype=dtype)
   return total / (count + _COUNT_EPSILON)
 
 

@@ -138,6 +138,8 @@ class SharedPair:
   Attributes:
     pair: [n_res, n_res, c_z] float, before the layer norm, if there is one.
     bias: [n_res, n_head, n_res] float32, its term of the logits.
+    has_slots: static; whether calls leave the gradient of the pair in their
+      `pair_gradient` instead of sending it to `pair`.
     inverse_deviation: [n_res, n_res] 1 / sqrt(variance + epsilon) over the
       channels of `pair`, if its layer norm is meant; None: the pair as it is.
     layer_norm: scale and offset of that layer norm, each [c_z].
@@ -145,6 +147,7 @@ class SharedPair:
 
   pair: jax.Array
   bias: jax.Array
+  has_slots: bool = dataclasses.field(metadata={'static': True})
   inverse_deviation: jax.Array | None = None
   layer_norm: tuple[jax.Array, jax.Array] | None = None
 
@@ -225,19 +228,21 @@ class InvariantPointAttention(hk.Module):
         instead of projecting `pair` again. A `SharedPair` has its own.
       pair_gradient: of this call, from `share_pair`, with its `SharedPair`.
       return_attention: whether to return intermediates too (dense); not with
-        `pair_gradient`, which only the blocks fill.
+        `pair_gradient`, which only the blocks fill. What belongs to masked
+        residues may hold anything in all arguments, NaN included.
 
     Returns:
       [n_res, num_channel] in the dtype of `single`, zero for masked residues;
       or an `InvariantPointAttentionOutput`.
 
     Raises:
-      ValueError: on a wrong shape, or if only one of a `SharedPair` and its
-        `pair_gradient` is given: the gradient of the pair would be lost.
+      ValueError: on a wrong shape, no residues, or if only one of a
+        `SharedPair` with slots and its `pair_gradient` is given: the gradient
+        of the pair would be lost.
       TypeError: on a wrong dtype.
     """
     config = self.config
-    _check_pair_gradient(config, pair, pair_gradient, return_attention)
+    _check_pair_gradient(pair, pair_gradient, return_attention)
     shared = None
     if isinstance(pair, SharedPair):
       shared, pair, pair_bias = pair, pair.pair, pair.bias
@@ -268,11 +273,20 @@ class InvariantPointAttention(hk.Module):
       pair_bias=pair_bias,
     )
     checks.check_dtypes('bool', mask=mask)
-    if mask is None:
-      mask = jnp.ones(n_res, bool)
-    mask = jnp.asarray(mask)
+    if not n_res:
+      raise ValueError(
+        f'single: expected at least one residue, got shape {single.shape}'
+      )
+    mask = jnp.ones(n_res, bool) if mask is None else jnp.asarray(mask)
+    # What is masked may hold anything. The kernel does the same for the pair.
+    single = jnp.where(mask[:, None], single, 0)
     rotation = numerics.at_least_float32(rotation)
+    rotation = jnp.where(
+      mask[:, None, None], rotation, jnp.eye(3, dtype=rotation.dtype)
+    )
     translation = _centre(numerics.at_least_float32(translation), mask)
+    if isinstance(pair, LowRankPair):
+      pair = jax.tree.map(lambda x: jnp.where(mask[:, None, None], x, 0), pair)
 
     # Lines 1-3: scalar and point queries, keys and values.
     scalars, points = self._project(single)
@@ -323,21 +337,34 @@ class InvariantPointAttention(hk.Module):
     )(features)
     output = jnp.where(mask[:, None], output, 0)
     if weights is not None:
+      features = jnp.where(mask[:, None], features, 0)
       return InvariantPointAttentionOutput(
         output, jnp.swapaxes(weights, 0, 1), features
       )
     return output
 
   @hk.name_like('__call__')
-  def pair_bias(self, pair: jax.Array) -> jax.Array:
+  def pair_bias(self, pair: jax.Array | LowRankPair) -> jax.Array:
     """Pair term of the logits, to be shared by calls with the same pair.
 
     Args:
-      pair: [n_res, n_res, c_z] float.
+      pair: [n_res, n_res, c_z] float, or `LowRankPair`.
 
     Returns:
       [n_res, n_head, n_res] float32: query residue, head, key residue.
+
+    Raises:
+      ValueError: on a wrong shape.
     """
+    if isinstance(pair, LowRankPair):
+      checks.check_shapes(
+        **{
+          'pair.query': (pair.query, 'n_res rank c_z'),
+          'pair.key': (pair.key, 'n_res rank c_z'),
+        }
+      )
+      queries, keys = self._low_rank_queries(pair)
+      return kernel.pair_logits(queries, keys)
     checks.check_shapes(pair=(pair, 'n_res n_res c_z'))
     return kernel.pair_logits(
       self._pair_weights(pair.shape[-1], pair.dtype), pair
@@ -347,41 +374,60 @@ class InvariantPointAttention(hk.Module):
   def share_pair(
     self,
     pair: jax.Array,
-    num_calls: int,
+    num_calls: int | None,
     layer_norm: tuple[jax.Array, jax.Array] | None = None,
+    *,
+    mask: jax.Array | None = None,
   ) -> tuple[SharedPair, kernel.PairGradientSlots | None]:
     """Lets several calls share the logits and the gradient of one pair.
 
     Args:
       pair: [n_res, n_res, c_z] float.
-      num_calls: calls that will be made.
+      num_calls: calls that will be made; None where their number is not known
+        or they return their attention: only the logits are shared then.
       layer_norm: scale and offset, [c_z], of a layer norm of the pair, which
         the calls then see without it ever being stored; None: the pair itself.
+      mask: [n_res] bool of the calls; None means all real.
 
     Returns:
       The pair for these calls, and their `pair_gradient` along a new first
-      axis, None where the implementation has no use for it.
+      axis, None where there is none.
+
+    Raises:
+      TypeError: if `pair` is no array: a `LowRankPair` has `pair_bias` alone.
+      ValueError: on a wrong shape.
     """
-    checks.check_shapes(pair=(pair, 'n_res n_res c_z'))
+    if isinstance(pair, LowRankPair | SharedPair):
+      raise TypeError(
+        f'pair: expected an array, got {type(pair).__name__}; a LowRankPair '
+        'shares its logits by pair_bias'
+      )
+    n_res = checks.check_shapes(
+      pair=(pair, 'n_res n_res c_z'), mask=(mask, 'n_res')
+    )['n_res']
+    checks.check_dtypes('bool', mask=mask)
+    mask = jnp.ones(n_res, bool) if mask is None else jnp.asarray(mask)
     weights = self._pair_weights(pair.shape[-1], pair.dtype)
-    blocks = _blocks(self.config, pair.shape[0], pair.shape[-1])
-    if blocks is None:
+    blocks = _blocks(self.config, n_res, pair.shape[-1])
+    if blocks is None or num_calls is None:
+      pair = kernel.mask_pair(pair, mask, mask)
       if layer_norm is not None:
         scale, offset = layer_norm
         pair = numerics.layer_norm(numerics.at_least_float32(pair))
         pair = pair * scale + offset
-      return SharedPair(pair, kernel.pair_logits(weights, pair)), None
+      bias = kernel.pair_logits(weights, pair)
+      return SharedPair(pair, bias, has_slots=False), None
     if layer_norm is not None:
       # The offset adds the same to the logits of all keys.
       weights = weights * layer_norm[0]
     found = kernel.share_pair(
-      blocks, num_calls, layer_norm is not None, pair, weights
+      blocks, num_calls, layer_norm is not None, pair, weights, mask
     )
     # Their gradients are the affair of the slots.
     pair, inverse_deviation = jax.lax.stop_gradient(
       (pair, found.inverse_deviation)
     )
-    shared = SharedPair(pair, found.bias, inverse_deviation, layer_norm)
+    shared = SharedPair(pair, found.bias, True, inverse_deviation, layer_norm)
     return shared, found.slots
 
   @hk.transparent
@@ -499,20 +545,25 @@ class InvariantPointAttention(hk.Module):
     if pair_bias is not None:
       rows = rows._replace(bias=pair_bias)
     if isinstance(pair, LowRankPair):
-      n_res, _, c_z = pair.key.shape
-      shared = pair.key.reshape(n_res, -1)
-      weights = self._pair_weights(c_z, pair.query.dtype)
-      queries = jnp.einsum('irc,hc->ihrc', pair.query, weights)
+      queries, keys = self._low_rank_queries(pair)
       if pair_bias is None:
-        queries = queries.reshape(n_res, self.config.num_head, -1)
         rows = rows._replace(pair_queries=queries)
-      return rows, context._replace(shared_pair=shared)
+      return rows, context._replace(shared_pair=keys)
     if pair is not None:
       weights = self._pair_weights(pair.shape[-1], pair.dtype)
       if pair_bias is None:
         context = context._replace(shared_pair_queries=weights)
       rows = rows._replace(pair=pair)
     return rows, context
+
+  @hk.transparent
+  def _low_rank_queries(self, pair: LowRankPair) -> tuple[jax.Array, jax.Array]:
+    """[n_res, n_head, rank c_z] and [n_res, rank c_z]; products are logits."""
+    n_res, rank, c_z = pair.key.shape
+    weights = self._pair_weights(c_z, pair.query.dtype)
+    queries = jnp.einsum('irc,hc->ihrc', pair.query, weights)
+    queries = queries.reshape(n_res, self.config.num_head, rank * c_z)
+    return queries, pair.key.reshape(n_res, rank * c_z)
 
   @hk.transparent
   def _pair_weights(self, c_z: int, dtype: Any) -> jax.Array:
@@ -569,6 +620,9 @@ def transform_ipa(
 
     >>> poses = jax.vmap(apply, in_axes=(None, None, None, 0, 0))
 
+  Their gradients of the pair are added up only at the end: with many poses of
+  a large structure, take `jax.lax.map` over groups of them.
+
   Args:
     config: sizes; None takes AF2's monomer.
 
@@ -599,6 +653,37 @@ def transform_ipa(
     )
 
   return hk.without_apply_rng(hk.transform(forward))
+
+
+def transform_ipa_pair_bias(
+  config: InvariantPointAttentionConfig | None = None,
+) -> hk.Transformed:
+  """Pure functions of the pair's term of the logits, to be computed once.
+
+    >>> init, apply = transform_ipa()
+    >>> single, pair = jnp.ones((4, 16)), jnp.ones((4, 4, 8))
+    >>> rotation = jnp.broadcast_to(jnp.eye(3), (4, 3, 3))
+    >>> translation = jnp.zeros((4, 3))
+    >>> params = init(jax.random.key(0), single, pair, rotation, translation)
+    >>> pair_bias = transform_ipa_pair_bias().apply(params, pair)
+    >>> out = apply(
+    ...   params, single, pair, rotation, translation, pair_bias=pair_bias
+    ... )
+
+  Args:
+    config: as in `transform_ipa`.
+
+  Returns:
+    `init(key, pair)`, of the parameters that it uses, and `apply(params, pair)`
+    -> [n_res, n_head, n_res] float32, which also takes all of `transform_ipa`;
+    `pair` is [n_res, n_res, c_z] float or a `LowRankPair`.
+  """
+  config = config or InvariantPointAttentionConfig()
+
+  def pair_bias(pair):
+    return InvariantPointAttention(config).pair_bias(pair)
+
+  return hk.without_apply_rng(hk.transform(pair_bias))
 
 
 class _PointProjection(hk.Module):
@@ -661,29 +746,27 @@ def _rotate(rotation: jax.Array, points: jax.Array) -> jax.Array:
 
 
 def _check_pair_gradient(
-  config: InvariantPointAttentionConfig,
   pair: jax.Array | LowRankPair | SharedPair | None,
   pair_gradient: kernel.PairGradientSlots | None,
   return_attention: bool,
 ) -> None:
   """Raises an error where the gradient of a shared pair would be lost."""
-  has_slots = isinstance(pair, SharedPair) and (
-    _blocks(config, *pair.pair.shape[1:]) is not None
-  )
+  has_slots = isinstance(pair, SharedPair) and pair.has_slots
+  if has_slots and return_attention:
+    raise ValueError(
+      'return_attention: expected False, as pair is a SharedPair with slots; '
+      'give share_pair num_calls=None'
+    )
   if has_slots and pair_gradient is None:
     raise ValueError(
       'pair_gradient: expected that of this call from share_pair, as pair is a '
-      'SharedPair; got None'
+      'SharedPair with slots; got None'
     )
-  if pair_gradient is None:
-    return
-  if not isinstance(pair, SharedPair):
+  if pair_gradient is not None and not has_slots:
     raise ValueError(
       'pair: expected the SharedPair that share_pair returned with '
       f'pair_gradient, got {type(pair).__name__}'
     )
-  if return_attention:
-    raise ValueError('return_attention: expected False with a pair_gradient')
 
 
 def _attention(
@@ -706,7 +789,7 @@ def _blocks(
   if chosen is None:
     small = not on_cpu and n_res <= _ACCELERATOR_DENSE_LIMIT
     chosen = 'dense' if small else 'blocked'
-  if chosen == 'dense' or not n_res:
+  if chosen == 'dense':
     return None
   if config.query_block is not None:
     blocks = kernel.Blocks(config.query_block, config.query_block)

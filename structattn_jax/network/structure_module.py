@@ -36,9 +36,6 @@ from structattn_jax.network import invariant_point_attention as ipa_lib
 
 Frames = geometry.QuatAffine | geometry.Rigid
 
-# Angles of length zero have no direction; AF2 divides by 1e-6 at least.
-_ANGLE_EPSILON = 1e-12
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SideChainConfig(base_config.BaseConfig):
@@ -51,6 +48,15 @@ class SideChainConfig(base_config.BaseConfig):
 
   num_channel: int = 128
   num_residual_block: int = 2
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    for field, least in (('num_channel', 1), ('num_residual_block', 0)):
+      if getattr(self, field) < least:
+        raise ValueError(
+          f'{type(self).__name__}.{field}: expected at least {least}, got '
+          f'{getattr(self, field)}'
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,6 +110,11 @@ class StructureModuleConfig(base_config.BaseConfig):
           f'{type(self).__name__}.{field}: expected at least 1, got '
           f'{getattr(self, field)}'
         )
+    if not self.position_scale > 0:
+      raise ValueError(
+        f'{type(self).__name__}.position_scale: expected a positive length, '
+        f'got {self.position_scale}'
+      )
     if not 0 <= self.dropout < 1:
       raise ValueError(
         f'{type(self).__name__}.dropout: expected a rate in [0, 1), got '
@@ -231,7 +242,7 @@ class StructureModule(hk.Module):
       A `StructureModuleOutput`.
 
     Raises:
-      ValueError: on a wrong shape, naming the argument.
+      ValueError: on a wrong shape, naming the argument, or no residues.
       TypeError: on a wrong dtype.
     """
     config = self.config
@@ -250,14 +261,21 @@ class StructureModule(hk.Module):
     )
     aatype = jnp.asarray(aatype)
     mask = jnp.ones(n_res, bool) if mask is None else jnp.asarray(mask)
-    single = numerics.at_least_float32(single)
+    if not n_res:
+      raise ValueError(
+        f'single: expected at least one residue, got shape {single.shape}'
+      )
+    # What is masked may hold anything, NaN included.
+    single = jnp.where(mask[:, None], numerics.at_least_float32(single), 0)
     pair = numerics.at_least_float32(pair)
 
     single = hm.LayerNorm(name='single_layer_norm')(single)
     act = hm.Linear(config.num_channel, name='initial_projection')(single)
     layer_norm = hm.LayerNorm(name='pair_layer_norm').parameters(pair)
     fold_iteration = FoldIteration(config)
-    shared_pair, pair_gradients = fold_iteration.share_pair(pair, layer_norm)
+    shared_pair, pair_gradients = fold_iteration.share_pair(
+      pair, layer_norm, mask
+    )
 
     if config.parameterisation == 'monomer':
       frames = geometry.QuatAffine.identity((n_res,), act.dtype)
@@ -292,8 +310,7 @@ class StructureModule(hk.Module):
       backbone = trajectory
 
     unnormalized = fold_iteration.torsion_angles(acts, single)
-    squared = jnp.sum(jnp.square(unnormalized), -1, keepdims=True)
-    angles = unnormalized * jax.lax.rsqrt(jnp.maximum(squared, _ANGLE_EPSILON))
+    angles = all_atom.normalise_torsion_angles(unnormalized)
     groups = all_atom.torsion_angles_to_frames(
       geometry.Rigid(backbone.rotation, backbone.translation), angles, aatype
     )
@@ -401,18 +418,24 @@ class FoldIteration(hk.Module):
 
   @hk.name_like('__call__')
   def share_pair(
-    self, pair: jax.Array, layer_norm: tuple[jax.Array, jax.Array]
+    self,
+    pair: jax.Array,
+    layer_norm: tuple[jax.Array, jax.Array],
+    mask: jax.Array | None = None,
   ) -> tuple[ipa_lib.SharedPair, Any]:
     """What all iterations need of the pair, and its gradient, computed once.
 
     Args:
       pair: [n_res, n_res, c_z] float, not yet normalised.
       layer_norm: scale and offset of its layer norm, [c_z].
+      mask: [n_res] bool; None means all real.
 
     Returns:
       The pair for all iterations, and their `pair_gradient` to be scanned over.
     """
-    return self._attention().share_pair(pair, self.config.num_layer, layer_norm)
+    return self._attention().share_pair(
+      pair, self.config.num_layer, layer_norm, mask=mask
+    )
 
   @hk.name_like('__call__')
   def torsion_angles(self, act: jax.Array, initial_act: jax.Array) -> jax.Array:

@@ -27,11 +27,13 @@ def geometry_and_fape(golden: Golden) -> Iterator[Comparison]:
   }
   floor = golden_lib.GEOMETRY_FLOOR
   for name in golden.outputs():
+    if name not in found:
+      continue  # Left out, which is reported.
     got = found[name]
     if name.startswith('grad_'):
       yield golden.gradient(name, got)
     elif name in _QUATERNIONS:
-      truth = golden.arrays[f'outputs64/{name}'].astype(np.float64)
+      truth = golden.truth(name)
 
       def align(tensor, truth=truth):
         return _align(tensor, truth)
@@ -65,30 +67,29 @@ def residue_tables(golden: Golden) -> Iterator[Comparison]:
 
 def _frames(inputs: dict[str, Any]) -> dict[str, jax.Array]:
   rigid = geometry.Rigid.from_quaternion(inputs['quat'], inputs['translation'])
-  # Both backbone updates of AF2 compose with the quaternion (1, b, c, d).
   update = inputs['update']
-  quaternion = jnp.insert(update[:, :3], 0, 1, axis=-1)
-  updated = rigid @ geometry.Rigid.from_quaternion(quaternion, update[:, 3:])
+  quaternion = geometry.normalise_quaternion(inputs['quat'])
+  monomer = geometry.QuatAffine(quaternion, inputs['translation'])
+  monomer = monomer.pre_compose(update)
+  multimer = rigid @ geometry.rigid_from_update(update)
   a, b, c = jnp.moveaxis(inputs['three_points'], 1, 0)
   from_points = geometry.Rigid.from_three_points(a, b, c)
-  # Upstream's epsilon is a lower bound that real atoms never reach.
-  multimer = geometry.Rigid.from_n_ca_c(a, b, c, epsilon=0.0)
+  reference = geometry.Rigid.from_n_ca_c(a, b, c, parameterisation='multimer')
   return {
     'rotation': rigid.rotation,
     'apply_points': rigid.apply(inputs['points']),
     'invert_points': rigid.apply_inverse(inputs['points']),
     'rot_to_quat': rigid.to_quaternion7()[:, :4],
-    'pre_compose_tensor': updated.to_quaternion7(),
-    'pre_compose_rotation': updated.rotation,
-    'multimer_update_3x4': updated.to_3x4(),
+    'pre_compose_tensor': monomer.to_tensor(),
+    'pre_compose_rotation': monomer.rotation,
+    'multimer_update_3x4': multimer.to_3x4(),
     'rigid_from_3_points_flat12': from_points.to_flat12(),
-    'multimer_make_transform_from_reference': multimer.to_3x4(),
+    'multimer_make_transform_from_reference': reference.to_3x4(),
   }
 
 
 def _side_chains(inputs: dict[str, Any]) -> dict[str, jax.Array]:
-  torsions = inputs['unnormalized_torsions']
-  torsions /= jnp.linalg.norm(torsions, axis=-1, keepdims=True)
+  torsions = all_atom.normalise_torsion_angles(inputs['unnormalized_torsions'])
   backbone = geometry.Rigid.from_quaternion(
     inputs['quat'], inputs['translation']
   )

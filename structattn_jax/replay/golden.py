@@ -204,6 +204,14 @@ class Golden:
       factor,
     )
 
+  def has_float64(self) -> bool:
+    """Whether there is a float64 run."""
+    return any(name.startswith('outputs64/') for name in self.arrays)
+
+  def truth(self, output: str) -> np.ndarray:
+    """The float64 run of an output, or the only one there is."""
+    return self._recorded(output)[0]
+
   def exact(
     self, output: str, got: Any, *, rows: Take | None = None
   ) -> Comparison:
@@ -216,13 +224,12 @@ class Golden:
     output: str,
     got: Any,
     *,
+    floor: float = GRADIENT_FLOOR,
     most: float = MOST_GRADIENT,
     factor: float = FACTOR,
   ) -> Comparison:
     """Compares a gradient with the recorded one; arguments as `value`."""
-    compared = self.value(
-      output, got, floor=GRADIENT_FLOOR, most=most, factor=factor
-    )
+    compared = self.value(output, got, floor=floor, most=most, factor=factor)
     return dataclasses.replace(compared, is_gradient=True)
 
   def _recorded(self, output: str) -> tuple[np.ndarray, np.ndarray | None]:

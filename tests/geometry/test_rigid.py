@@ -371,7 +371,7 @@ def test_rigid_golden_matches_af2(golden, dtype, atol):
 
 
 def test_from_n_ca_c_golden_matches_multimer(golden):
-  """Multimer takes max(|v|^2, 1e-12) where we add 1e-8 to |v|^2."""
+  """The multimer takes max(|v|^2, 1e-12), the monomer adds 1e-8 to |v|^2."""
   with jax.enable_x64(True):
     points = golden['inputs/three_points'].astype(np.float64)
     expected = golden['outputs64/multimer_make_transform_from_reference']
@@ -379,9 +379,8 @@ def test_from_n_ca_c_golden_matches_multimer(golden):
     np.testing.assert_allclose(
       Rigid.from_n_ca_c(n, ca, c).to_3x4(), expected, atol=2e-7
     )
-    np.testing.assert_allclose(
-      Rigid.from_n_ca_c(n, ca, c, epsilon=0).to_3x4(), expected, atol=1e-12
-    )
+    frames = Rigid.from_n_ca_c(n, ca, c, parameterisation='multimer')
+    np.testing.assert_allclose(frames.to_3x4(), expected, atol=1e-12)
 
 
 def test_from_flat12_golden_round_trips(golden):

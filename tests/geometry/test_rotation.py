@@ -225,17 +225,43 @@ def test_rotation_from_two_vectors_hand_numbers():
   )
 
 
+@pytest.mark.parametrize('parameterisation', ['monomer', 'multimer'])
 @pytest.mark.parametrize(
   ('e0', 'e1'),
   [([0.0, 0, 0], [0.0, 0, 0]), ([1.0, 0, 0], [2.0, 0, 0])],
   ids=['zero', 'parallel'],
 )
-def test_rotation_from_two_vectors_degenerate_has_finite_gradient(e0, e1):
-  jacobians = jax.jit(jax.jacobian(geometry.rotation_from_two_vectors, (0, 1)))(
+def test_rotation_from_two_vectors_degenerate_has_finite_gradient(
+  e0, e1, parameterisation
+):
+  def rotation(e0, e1):
+    return geometry.rotation_from_two_vectors(
+      e0, e1, parameterisation=parameterisation
+    )
+
+  jacobians = jax.jit(jax.jacobian(rotation, (0, 1)))(
     jnp.array(e0), jnp.array(e1)
   )
   for jacobian in jacobians:
     assert np.all(np.isfinite(jacobian))
+
+
+def test_rotation_from_two_vectors_multimer_bounds_the_length():
+  with jax.enable_x64(True):
+    e0, e1 = jnp.array([3e-7, 4e-7, 0.0]), jnp.array([0.0, 0.0, 2.0])
+    added, bounded = (
+      geometry.rotation_from_two_vectors(e0, e1, parameterisation=x)[:, 0]
+      for x in ('monomer', 'multimer')
+    )
+    np.testing.assert_allclose(added, e0 / np.sqrt(25e-14 + 1e-8), rtol=1e-12)
+    np.testing.assert_allclose(bounded, e0 / 1e-6, rtol=1e-12)
+
+
+def test_rotation_from_two_vectors_unknown_form_raises():
+  with pytest.raises(ValueError, match=r"parameterisation.*got 'dimer'"):
+    geometry.rotation_from_two_vectors(
+      jnp.ones(3), jnp.ones(3), parameterisation='dimer'
+    )
 
 
 def test_rotate_inverse_undoes_rotate_and_matches_einsum():

@@ -249,6 +249,14 @@ def test_error_notices_a_mirror_image():
   assert fape.frame_aligned_point_error(**mirrored) > 0.1
 
 
+def test_clamp_of_zero_is_none():
+  case = random_case()
+  got = fape.frame_aligned_point_error(**case, clamp_distance=0)
+  want = fape.frame_aligned_point_error(**case, clamp_distance=None)
+  assert got == want
+  assert got > fape.frame_aligned_point_error(**case, clamp_distance=1)
+
+
 @each_form
 def test_masked_content_reaches_neither_loss_nor_gradient(form):
   case = random_case()
@@ -431,6 +439,8 @@ def test_torsion_angle_loss_of_masked_nan_is_finite():
     ({'target_frames': np.ones((13, 7))}, TypeError, 'target_frames: expected'),
     ({'pair_mask': np.ones((13, 17), bool)}, ValueError, 'pair_mask: '),
     ({'chunk_size': 0}, ValueError, 'chunk_size: expected'),
+    ({'length_scale': 0.0}, ValueError, 'length_scale: expected a positive'),
+    ({'clamp_distance': -1.0}, ValueError, 'clamp_distance: expected a pos'),
     ({'parameterisation': 'seed'}, ValueError, 'parameterisation: expected'),
   ],
 )

@@ -1,6 +1,7 @@
 """What only invariant point attention promises."""
 
 import dataclasses
+import functools
 
 import haiku as hk
 import jax
@@ -440,8 +441,149 @@ def test_a_shared_pair_needs_its_gradient():
     call(True, False)
   with pytest.raises(ValueError, match='pair: expected the SharedPair'):
     call(False, True)
-  with pytest.raises(ValueError, match='return_attention'):
+  with pytest.raises(ValueError, match=r'return_attention: .* num_calls=None'):
     call(True, True, return_attention=True)
+
+
+@pytest.mark.parametrize('implementation', ['dense', 'blocked'])
+@pytest.mark.parametrize('return_attention', [False, True])
+def test_pair_shared_without_slots_changes_nothing(
+  implementation, return_attention
+):
+  config = sa.InvariantPointAttentionConfig(
+    num_head=3, zero_init=False, implementation=implementation, query_block=4
+  )
+
+  def call(is_shared, pair, **inputs):
+    ipa = sa.InvariantPointAttention(config)
+    norm = (jnp.arange(1.0, 7), jnp.arange(6.0))
+    if is_shared:
+      pair, slots = ipa.share_pair(pair, None, norm, mask=inputs['mask'])
+      assert slots is None
+    else:
+      pair = numerics.layer_norm(pair) * norm[0] + norm[1]
+    found = ipa(pair=pair, return_attention=return_attention, **inputs)
+    return found.features if return_attention else found
+
+  plain, shared = (
+    hk.without_apply_rng(hk.transform(functools.partial(call, is_shared)))
+    for is_shared in (False, True)
+  )
+  params = plain.init(jax.random.key(0), pair=PAIRS['full'], **INPUTS)
+  want = value_and_gradient(plain.apply, params, PAIRS['full'])
+  assert_close(value_and_gradient(shared.apply, params, PAIRS['full']), want)
+
+
+def test_pair_of_poses_by_vmap_is_shared():
+  config = sa.InvariantPointAttentionConfig(
+    num_head=3, zero_init=False, implementation='blocked', query_block=4
+  )
+  moved = (
+    INPUTS['translation'] * np.array([1, 2, 0.5], np.float32)[:, None, None]
+  )
+  rest = {k: v for k, v in INPUTS.items() if k != 'translation'}
+
+  def call(is_shared, pair):
+    ipa = sa.InvariantPointAttention(config)
+    slots = None
+    if is_shared:
+      pair, slots = ipa.share_pair(pair, len(moved), mask=rest['mask'])
+    return hk.vmap(
+      lambda t, own: ipa(pair=pair, translation=t, pair_gradient=own, **rest),
+      split_rng=False,
+    )(moved, slots)
+
+  plain, shared = (
+    hk.without_apply_rng(hk.transform(functools.partial(call, is_shared)))
+    for is_shared in (False, True)
+  )
+  params = plain.init(jax.random.key(0), PAIRS['full'])
+
+  def of(transformed):
+    return jax.jit(
+      jax.value_and_grad(
+        lambda *a: jnp.sum(jnp.sin(transformed.apply(*a))), argnums=(0, 1)
+      )
+    )(params, PAIRS['full'])
+
+  assert_close(of(shared), of(plain))
+
+
+@pytest.mark.parametrize('kind', ['full', 'low_rank'])
+def test_pure_pair_bias_serves_many_calls(kind):
+  init, apply = transformed()
+  params = init(jax.random.key(0), pair=PAIRS[kind], **INPUTS)
+  config = sa.InvariantPointAttentionConfig(num_head=3)
+  pair_bias = sa.transform_ipa_pair_bias(config).apply(params, PAIRS[kind])
+  assert pair_bias.shape == (13, 3, 13)
+  got = apply(params, pair=PAIRS[kind], pair_bias=pair_bias, **INPUTS)
+  assert_close(got, apply(params, pair=PAIRS[kind], **INPUTS))
+  # It is what is taken.
+  other = apply(params, pair=PAIRS[kind], pair_bias=2 * pair_bias, **INPUTS)
+  assert np.abs(other - got).max() > 1e-3
+
+
+def test_low_rank_pair_has_no_shared_gradient():
+  def forward(pair):
+    return sa.InvariantPointAttention(
+      sa.InvariantPointAttentionConfig()
+    ).share_pair(pair, 2)
+
+  with pytest.raises(TypeError, match='pair: expected an array, got LowRank'):
+    hk.transform(forward).init(jax.random.key(0), PAIRS['low_rank'])
+
+
+def test_no_residues_raise():
+  init, _ = transformed()
+  none = {k: v[:0] for k, v in INPUTS.items()}
+  with pytest.raises(ValueError, match='single: expected at least one'):
+    init(jax.random.key(0), pair=None, **none)
+
+
+@pytest.mark.parametrize('kind', ['full', 'low_rank', 'shared'])
+@pytest.mark.parametrize('implementation', ['dense', 'blocked'])
+def test_masked_content_reaches_neither_values_nor_gradients(
+  implementation, kind
+):
+  config = sa.InvariantPointAttentionConfig(
+    num_head=3, zero_init=False, implementation=implementation, query_block=4
+  )
+  mask = INPUTS['mask']
+
+  def call(pair, **inputs):
+    ipa = sa.InvariantPointAttention(config)
+    slots = None
+    if kind == 'shared':
+      norm = (jnp.ones(6), jnp.zeros(6))
+      pair, slots = ipa.share_pair(pair, 1, norm, mask=mask)
+      slots = jax.tree.map(lambda x: x[0], slots)
+    return ipa(pair=pair, pair_gradient=slots, **inputs)
+
+  init, apply = hk.without_apply_rng(hk.transform(call))
+  pair = PAIRS['low_rank' if kind == 'low_rank' else 'full']
+  params = init(jax.random.key(0), pair=pair, **INPUTS)
+
+  @jax.jit
+  @functools.partial(jax.value_and_grad, argnums=(0, 1, 2), has_aux=True)
+  def run(params, pair, inputs):
+    out = apply(params, pair=pair, mask=mask, **inputs)
+    return jnp.sum(jnp.sin(out)), out
+
+  def spoil(x, axes):
+    for axis in range(axes):
+      own = mask.reshape((1,) * axis + (-1,) + (1,) * (x.ndim - axis - 1))
+      x = np.where(own, x, np.nan).astype(np.float32)
+    return x
+
+  floats = {k: v for k, v in INPUTS.items() if k != 'mask'}
+  want = run(params, pair, floats)
+  axes = 1 if kind == 'low_rank' else 2
+  got = run(
+    params,
+    jax.tree.map(lambda x: spoil(x, axes), pair),
+    {k: spoil(v, 1) for k, v in floats.items()},
+  )
+  jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
 def test_blocked_holds_no_logits_of_all_queries():

@@ -268,6 +268,27 @@ def test_masked_residues_do_not_reach_real_ones(form):
 
 
 @each_form
+def test_masked_nan_reaches_neither_values_nor_gradients(form):
+  single, pair, aatype, mask = arguments(form)
+  own_apply = apply(form, num_layer=2)
+
+  @functools.partial(jax.jit, compiler_options=QUICK)
+  @functools.partial(jax.value_and_grad, argnums=(0, 1, 2))
+  def run(params, single, pair):
+    found = own_apply(params, single, pair, aatype, mask)
+    return jnp.sum(jnp.sin(found.final_atom_positions))
+
+  want = run(params(form, 'float32'), single, pair)
+  masked_pairs = ~(mask[:, None] & mask)[..., None]
+  got = run(
+    params(form, 'float32'),
+    np.where(mask[:, None], single, np.nan),
+    np.where(masked_pairs, np.nan, pair),
+  )
+  jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+@each_form
 def test_edge_cases_have_finite_values_and_gradients(form):
   single, pair, aatype, mask = arguments(form)
   own_apply = apply(form, num_layer=2)
@@ -375,6 +396,12 @@ def test_wrong_argument_is_named(change, error, message):
   [
     ({'num_layer': 0}, 'StructureModuleConfig.num_layer'),
     ({'dropout': 1.0}, 'StructureModuleConfig.dropout'),
+    ({'position_scale': -1.0}, 'StructureModuleConfig.position_scale'),
+    ({'sidechain': {'num_channel': 0}}, 'SideChainConfig.num_channel'),
+    (
+      {'sidechain': {'num_residual_block': -1}},
+      'SideChainConfig.num_residual_block',
+    ),
     ({'num_head': 0}, 'num_head'),
     ({'parameterisation': 'seed'}, 'parameterisation'),
     ({'sidechain': {'channels': 3}}, 'unknown key'),

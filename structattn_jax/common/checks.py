@@ -16,7 +16,9 @@ import numpy as np
 
 
 def check_shapes(
-  sizes: Mapping[str, int] | None = None, /, **arguments: tuple[Any, str]
+  sizes: Mapping[str, int | tuple[int, str]] | None = None,
+  /,
+  **arguments: tuple[Any, str],
 ) -> dict[str, int]:
   """Checks arrays against named dimensions and returns the sizes bound.
 
@@ -33,7 +35,8 @@ def check_shapes(
     {'n_atom': 37, 'c_atom': 8}
 
   Args:
-    sizes: sizes known before, e.g. from a config: {'n_head': 4}.
+    sizes: sizes known before, e.g. from a config: {'n_head': 4}; a pair says
+      where else a size comes from: {'n_atom': (128, 'the plan')}.
     **arguments: `name=(array, 'dim dim ...')`.
 
   Returns:
@@ -44,8 +47,11 @@ def check_shapes(
       from, and the shape given.
     TypeError: on a list or tuple, which has no shape of its own.
   """
-  bound = dict(sizes or {})
-  origin = dict.fromkeys(bound, 'the config')
+  bound: dict[str, int] = {}
+  origin: dict[str, str] = {}
+  for name, size in (sizes or {}).items():
+    given = size if isinstance(size, tuple) else (size, 'the config')
+    bound[name], origin[name] = given
   for argument, (array, spec) in arguments.items():
     if array is None:
       continue

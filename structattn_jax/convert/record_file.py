@@ -200,7 +200,11 @@ def read_records(
   try:
     yield from _records(_Stream(_content(found)), keep or (lambda scope: True))
   except _DamageError as error:
-    raise CheckpointError(f'{found.path}: damaged: {error}') from None
+    shards = ''
+    if len(found.files) > 1 or _shard_number(found.path):
+      names = ', '.join(file.name for file in found.files)
+      shards = f'; of the shards {names}, is one damaged or missing?'
+    raise CheckpointError(f'{found.path}: damaged: {error}{shards}') from None
   except OSError as error:
     raise CheckpointError(f'{found.path}: {error}') from None
 

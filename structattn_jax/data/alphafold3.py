@@ -165,7 +165,8 @@ def alphafold3_windows(
   """The flat layout for `precompute`, `encode` and `decode`.
 
   Args:
-    complex_features: of `featurise_alphafold3`, padded or not.
+    complex_features: of `featurise_alphafold3`. Atoms that `pad_features`
+      padded keep their number, rounded up to whole windows.
     **options: of `build_window_plan`, for instance `n_atom`.
 
   Returns:
@@ -175,6 +176,10 @@ def alphafold3_windows(
     ValueError: as `build_window_plan`.
   """
   atoms, tokens = complex_features.atoms, complex_features.tokens
+  if not np.asarray(atoms.mask).all() and options.get('n_atom') is None:
+    num_queries = options.get('num_queries', atom_layout.NUM_QUERIES)
+    least = max(len(atoms.mask), options.get('num_keys', atom_layout.NUM_KEYS))
+    options['n_atom'] = -(-least // num_queries) * num_queries
   plan = atom_layout.build_window_plan(
     atoms.token_index,
     tokens.residue_uid,
@@ -312,7 +317,7 @@ def _leaving_atoms(
   if kind[residue] != structures.LIGAND:
     chain = structure.residue_chain == structure.residue_chain[residue]
     polymer = np.flatnonzero(chain & (kind != structures.LIGAND))
-    if (kind[polymer] == structures.NUCLEIC).any():
+    if any(_is_nucleotide(structure, i) for i in polymer):
       end, atom = polymer[0], 'OP3'
     else:
       end, atom = polymer[-1], 'OXT'
@@ -326,6 +331,18 @@ def _leaving_atoms(
   if 'O1' in bonded or (standalone_glycans == 'whole' and not bonded):
     return set()
   return {'O1'}
+
+
+def _is_nucleotide(structure: structures.Structure, residue: int) -> bool:
+  """Whether a residue of a polymer, modified or not, is one of DNA or RNA."""
+  if structure.residue_kind[residue] != structures.MODIFIED:
+    return bool(structure.residue_kind[residue] == structures.NUCLEIC)
+  component = chemical_components.find_component(
+    str(structure.component_name[residue])
+  )
+  return component is not None and any(
+    part in component.kind for part in ('DNA LINKING', 'RNA LINKING')
+  )
 
 
 def _bonded_atoms(structure: structures.Structure, in_file: range) -> set[str]:

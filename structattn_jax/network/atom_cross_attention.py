@@ -15,6 +15,7 @@ and attends through windows of 32 x 128 atoms instead.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import haiku as hk
@@ -473,14 +474,31 @@ def precompute(
     The conditioning for `encode` and `decode`.
 
   Raises:
-    ValueError: on a wrong shape, or a trunk pair without token pairs in the
-      plan.
+    ValueError: on a wrong shape, a trunk pair without token pairs in the
+      plan, or parameters that lack what the arguments need.
     TypeError: on a wrong dtype.
   """
   config = config or AtomCrossAttConfig()
   _check_precompute(plan, ref, trunk_single_cond, trunk_pair_cond)
+  _require(params, f'{name}_embed_ref_pos')
+  for argument, given, spec in (
+    ('trunk_single_cond', trunk_single_cond, 'n_token c'),
+    ('trunk_pair_cond', trunk_pair_cond, 'n_token n_token c'),
+  ):
+    if given is not None:
+      module = f'{name}_lnorm_{argument}'
+      size = _require(params, module, argument)['scale'].shape[0]
+      sizes = {'c': (size, f'the parameters {module}')}
+      checks.check_shapes(sizes, **{argument: (given, spec)})
+  has_decoder = any(
+    f'{name}_atom_transformer_decoder/' in key for key in params
+  )
   if decoder is None:
-    decoder = any(f'{name}_atom_transformer_decoder/' in key for key in params)
+    decoder = has_decoder
+  elif decoder and not has_decoder:
+    raise ValueError(
+      f'decoder: expected False, as the parameters have none named {name!r}'
+    )
   # Lines 1 and 2: atoms from the conformer, tokens from the trunk.
   single = _atom_features(params, plan, ref, name, config.window_chunk)
   if trunk_single_cond is not None:
@@ -563,11 +581,12 @@ def encode(
   config = config or AtomCrossAttConfig()
   plan, act = conditioning.plan, conditioning.single
   checks.check_shapes(
-    {'n_atom': plan.n_atom}, positions=(positions, 'n_atom 3')
+    {'n_atom': (plan.n_atom, 'the plan')}, positions=(positions, 'n_atom 3')
   )
   checks.check_dtypes('floating', positions=positions)
   keep = plan.atom_mask[:, None]
   if positions is not None:
+    _require(params, f'{name}_atom_positions_to_features', 'positions')
     positions = jnp.where(keep, positions, 0)
     noisy = dt.linear(
       params, positions, f'{name}_atom_positions_to_features', 'highest'
@@ -612,8 +631,15 @@ def decode(
     raise ValueError(
       'conditioning: has no decoder; call precompute with decoder=True'
     )
+  leaf = f'{name}_project_token_features_for_broadcast'
+  c_token, c_atom = _require(params, leaf, 'token_act')['weights'].shape
   checks.check_shapes(
-    {'n_atom': plan.n_atom, 'n_token': plan.num_tokens},
+    {
+      'n_atom': (plan.n_atom, 'the plan'),
+      'n_token': (plan.num_tokens, 'the plan'),
+      'c_token': (c_token, f'the parameters {leaf}'),
+      'c_atom': (c_atom, f'the parameters {leaf}'),
+    },
     token_act=(token_act, 'n_token c_token'),
     skip_connection=(skip_connection, 'n_atom c_atom'),
   )
@@ -667,6 +693,12 @@ def atom_cross_att_encoder(
     TypeError: on a wrong dtype.
   """
   config = config or AtomCrossAttConfig()
+  _check_dense(
+    batch,
+    token_atoms_act=(token_atoms_act, 'n_token n_slot 3'),
+    trunk_single_cond=(trunk_single_cond, 'n_token c_s'),
+    trunk_pair_cond=(trunk_pair_cond, 'n_token n_token c_z'),
+  )
   plan = batch.plan
   if config.implementation == 'published':
     found = published.encoder(
@@ -739,6 +771,7 @@ def atom_cross_att_decoder(
     TypeError: on a wrong dtype.
   """
   config = config or AtomCrossAttConfig()
+  _check_dense(batch, token_act=(token_act, 'n_token c_token'))
   if config.implementation == 'published':
     if encoded.pair_cond is None or encoded.conditioning is not None:
       raise ValueError(
@@ -1004,6 +1037,35 @@ def _head(
   )
 
 
+def _require(
+  params: Params, module: str, argument: str | None = None
+) -> Mapping[str, jax.Array]:
+  """The parameters of a module; an error says what is given without them."""
+  if module not in params:
+    some = ', '.join(sorted(params)[:3])
+    given = f'which {argument} needs, ' if argument else ''
+    raise ValueError(
+      f'params: expected the module {module!r}, {given}got {some}, ...; see '
+      'atom_cross_att_parameters for names and prefixes'
+    )
+  return params[module]
+
+
+def _check_dense(
+  batch: atom_layout.DenseBatch, **arguments: tuple[Any, str]
+) -> None:
+  """Checks what both implementations take, on the dense layout."""
+  if not isinstance(batch, atom_layout.DenseBatch):
+    raise TypeError(
+      f'batch: expected a DenseBatch, got {type(batch).__name__}; '
+      "DenseBatch.from_batch reads upstream's dictionary"
+    )
+  n_token, n_slot = batch.pred_dense_atom_mask.shape
+  lead = {'n_token': (n_token, 'the batch'), 'n_slot': (n_slot, 'the batch')}
+  checks.check_shapes(lead, **arguments)
+  checks.check_dtypes('floating', **{k: x for k, (x, _) in arguments.items()})
+
+
 def _check_precompute(
   plan: atom_layout.WindowPlan,
   ref: atom_layout.RefStructure,
@@ -1011,7 +1073,10 @@ def _check_precompute(
   trunk_pair_cond: jax.Array | None,
 ) -> None:
   checks.check_shapes(
-    {'n_atom': plan.n_atom, 'n_token': plan.num_tokens},
+    {
+      'n_atom': (plan.n_atom, 'the plan'),
+      'n_token': (plan.num_tokens, 'the plan'),
+    },
     ref_pos=(ref.ref_pos, 'n_atom 3'),
     ref_mask=(ref.ref_mask, 'n_atom'),
     ref_element=(ref.ref_element, 'n_atom'),
@@ -1084,6 +1149,9 @@ def _embed_atoms(
   del taken
   position, charge = floats
   mask, element, chars = constants
+  # What is masked may hold anything.
+  position = jnp.where(mask[..., None], position, 0)
+  charge = jnp.where(mask, charge, 0)
 
   def lookup(table: jax.Array, index: jax.Array) -> jax.Array:
     # Negative ones would count from the end.

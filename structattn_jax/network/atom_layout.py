@@ -37,8 +37,12 @@ Layout = Literal['token_atoms', 'tokens', 'queries', 'keys']
 
 # Slots per token of upstream's dense layout.
 NUM_SLOTS = 24
+# Atoms of a window.
+NUM_QUERIES, NUM_KEYS = 32, 128
 # Sizes per power of two that padded sizes are taken from.
 _SIZES_PER_OCTAVE = 16
+# The windows of proteins hold fewer pairs of tokens than that.
+_PAIRS_PER_ATOM = 3
 
 
 @jax.tree_util.register_dataclass
@@ -129,8 +133,8 @@ def build_window_plan(
   atom_mask: Any = None,
   *,
   dense_slot: Any = None,
-  num_queries: int = 32,
-  num_keys: int = 128,
+  num_queries: int = NUM_QUERIES,
+  num_keys: int = NUM_KEYS,
   num_slots: int = NUM_SLOTS,
   n_atom: int | None = None,
   n_pair: int | None = None,
@@ -155,7 +159,9 @@ def build_window_plan(
     num_slots: slots per token of the dense layout.
     n_atom: padded number of atoms, a multiple of `num_queries` and at least
       `num_keys`; None takes the next size of `padded_size`.
-    n_pair: padded length of the list of token pairs; None likewise.
+    n_pair: padded length of the list of token pairs; None takes 3 `n_atom`,
+      which is enough for proteins, so that they share a compilation if they
+      have the same `n_atom`, or the next size of `padded_size`.
     token_pairs: whether to list token pairs, needed for trunk pair
       conditioning. The list grows with the windows (up to 4096 rows each).
 
@@ -166,8 +172,11 @@ def build_window_plan(
     ValueError: on wrong shapes or values; where a size is too small, with the
       number to give.
   """
+  _check_window_sizes(num_queries, num_keys)
   token_index = np.asarray(token_index)
   token_space_uid = np.asarray(token_space_uid)
+  dense_slot = None if dense_slot is None else np.asarray(dense_slot)
+  atom_mask = None if atom_mask is None else np.asarray(atom_mask)
   checks.check_shapes(
     token_index=(token_index, 'n'),
     token_space_uid=(token_space_uid, 'n_token'),
@@ -178,13 +187,14 @@ def build_window_plan(
     'integer',
     token_index=token_index,
     token_space_uid=token_space_uid,
-    dense_slot=None if dense_slot is None else np.asarray(dense_slot),
+    dense_slot=dense_slot,
   )
   num_atoms = _count_real('atom_mask', atom_mask, len(token_index))
   n_token = len(token_space_uid)
+  if not n_token:
+    raise ValueError('token_space_uid: expected at least one token, got none')
   token_index = token_index[:num_atoms].astype(np.int32)
-  checks.validate_sorted(token_index, name='token_index')
-  checks.validate_segment_ids(token_index, n_token, name='token_index')
+  _check_token_index(token_index, n_token)
   if dense_slot is None:
     dense_slot = np.arange(num_atoms) - np.searchsorted(
       token_index, token_index
@@ -195,10 +205,18 @@ def build_window_plan(
       f'dense_slot: expected slots in [0, {num_slots}), got '
       f'{dense_slot.max()}; give num_slots >= {dense_slot.max() + 1}'
     )
+  dense_index = token_index * num_slots + dense_slot.astype(np.int32)
+  slots, counts = np.unique(dense_index, return_counts=True)
+  if np.any(counts > 1):
+    token, slot = divmod(int(slots[np.argmax(counts > 1)]), num_slots)
+    raise ValueError(
+      f'dense_slot: expected another slot for each atom of a token, got '
+      f'{counts.max()} atoms in slot {slot} of token {token}'
+    )
   n_atom = _padded_atoms(max(num_atoms, 1), n_atom, num_queries, num_keys)
   uid = np.repeat(token_space_uid.astype(np.int32), num_slots)
   return _plan(
-    token_index * num_slots + dense_slot.astype(np.int32),
+    dense_index,
     uid,
     n_atom=n_atom,
     n_token=n_token,
@@ -225,8 +243,8 @@ class PlanOptions(TypedDict, total=False):
 def plan_from_batch(
   batch: Mapping[str, Any],
   *,
-  num_queries: int = 32,
-  num_keys: int = 128,
+  num_queries: int = NUM_QUERIES,
+  num_keys: int = NUM_KEYS,
   n_atom: int | None = None,
   n_pair: int | None = None,
   token_pairs: bool = True,
@@ -249,14 +267,22 @@ def plan_from_batch(
   Raises:
     ValueError: as `build_window_plan`.
   """
-  mask = np.asarray(batch['pred_dense_atom_mask'])
-  uid = np.asarray(batch['ref_space_uid'])
+  mask, uid = (
+    np.asarray(_feature(batch, name))
+    for name in ('pred_dense_atom_mask', 'ref_space_uid')
+  )
   checks.check_shapes(
     pred_dense_atom_mask=(mask, 'n_token n_slot'),
     ref_space_uid=(uid, 'n_token n_slot'),
   )
+  checks.check_dtypes('bool', pred_dense_atom_mask=mask)
+  checks.check_dtypes('integer', ref_space_uid=uid)
+  _check_window_sizes(num_queries, num_keys)
+  if not len(mask):
+    raise ValueError('pred_dense_atom_mask: expected at least one token')
   last_query = mask.size - 1
-  if 'tokens_to_keys:gather_idxs' in batch:
+  gathers = ('tokens_to_queries:gather_idxs', 'tokens_to_keys:gather_idxs')
+  if all(name in batch for name in gathers):
     num_keys = np.shape(batch['tokens_to_keys:gather_idxs'])[-1]
     shape = np.shape(batch['tokens_to_queries:gather_idxs'])
     num_queries = shape[-1]
@@ -521,8 +547,8 @@ class AtomCrossAtt:
     *,
     num_real_tokens: int | None = None,
     padded_num_atoms: int | None = None,
-    num_queries: int = 32,
-    num_keys: int = 128,
+    num_queries: int = NUM_QUERIES,
+    num_keys: int = NUM_KEYS,
   ) -> 'AtomCrossAtt':
     """Makes the gathers as upstream's featurisation does, on the host.
 
@@ -541,16 +567,23 @@ class AtomCrossAtt:
 
     Raises:
       ValueError: if `padded_num_atoms` is too small or no multiple of
-        `num_queries`.
+        `num_queries`, or `num_real_tokens` leaves out atoms.
     """
+    _check_window_sizes(num_queries, num_keys)
     mask = np.asarray(pred_dense_atom_mask)
     checks.check_shapes(pred_dense_atom_mask=(mask, 'n_token n_slot'))
     checks.check_dtypes('bool', pred_dense_atom_mask=mask)
     n_token, n_slot = mask.shape
     dense_index = np.flatnonzero(mask)
     num_atoms = len(dense_index)
+    least = int(dense_index[-1]) // n_slot + 1 if num_atoms else 0
     if num_real_tokens is None:
-      num_real_tokens = dense_index[-1] // n_slot + 1 if num_atoms else 0
+      num_real_tokens = least
+    elif not least <= num_real_tokens <= n_token:
+      raise ValueError(
+        f'num_real_tokens: expected {least} to {n_token}, as token {least - 1} '
+        f'is the last with an atom of {n_token}, got {num_real_tokens}'
+      )
     if padded_num_atoms is None:
       padded_num_atoms = -(-max(mask.size, num_keys) // num_queries)
       padded_num_atoms *= num_queries
@@ -677,18 +710,30 @@ class DenseBatch:
 
     Returns:
       The typed batch.
+
+    Raises:
+      ValueError: if a feature is missing or has a wrong shape, and as
+        `build_window_plan`.
+      TypeError: on a wrong dtype.
     """
     plan = plan_from_batch(batch, **options)
     mask = np.asarray(batch['pred_dense_atom_mask'])
-    if 'queries_to_keys:gather_idxs' in batch:
+    fields = [field.name for field in dataclasses.fields(AtomCrossAtt)]
+    if all(f'{name}:gather_idxs' in batch for name in fields):
       gathers = AtomCrossAtt.from_batch(batch)
     else:
       gathers = AtomCrossAtt.build(
         mask, num_queries=plan.num_queries, num_keys=plan.num_keys
       )
     names = [field.name for field in dataclasses.fields(RefStructure)]
+    ref = {name: _feature(batch, name) for name in names}
+    lead = {'n_token': mask.shape[0], 'n_slot': mask.shape[1]}
+    checks.check_shapes(
+      {k: (v, "'pred_dense_atom_mask'") for k, v in lead.items()},
+      **{name: (x, 'n_token n_slot ...') for name, x in ref.items()},
+    )
     return cls(
-      ref=RefStructure(**{name: batch[name] for name in names}),
+      ref=RefStructure(**ref),
       ref_space_uid=batch['ref_space_uid'],
       pred_dense_atom_mask=batch['pred_dense_atom_mask'],
       atom_cross_att=gathers,
@@ -704,6 +749,38 @@ class DenseBatch:
       'pred_dense_atom_mask': self.pred_dense_atom_mask,
       **self.atom_cross_att.to_batch(),
     }
+
+
+def _feature(batch: Mapping[str, Any], name: str) -> Any:
+  if name not in batch:
+    raise ValueError(
+      f'batch: expected the feature {name!r}, got {sorted(batch)[:20]}'
+    )
+  return batch[name]
+
+
+def _check_window_sizes(num_queries: int, num_keys: int) -> None:
+  for name, size in (('num_queries', num_queries), ('num_keys', num_keys)):
+    if size < 1:
+      raise ValueError(f'{name}: expected at least 1, got {size}')
+
+
+def _check_token_index(token_index: np.ndarray, n_token: int) -> None:
+  """Raises an error unless tokens never decrease and exist."""
+  drops = np.flatnonzero(token_index[1:] < token_index[:-1])
+  if drops.size:
+    at = int(drops[0])
+    raise ValueError(
+      f'token_index: expected atoms sorted by token, but atom {at} of token '
+      f'{token_index[at]} is followed by one of token {token_index[at + 1]}'
+    )
+  bad = np.flatnonzero((token_index < 0) | (token_index >= n_token))
+  if bad.size:
+    at = int(bad[0])
+    raise ValueError(
+      f'token_index: expected tokens in [0, {n_token}), the length of '
+      f'token_space_uid, got {token_index[at]} for atom {at}'
+    )
 
 
 def _mask_rows(rows: jax.Array, mask: jax.Array) -> jax.Array:
@@ -776,7 +853,9 @@ def _plan(
     pair_index, offset, stride = _token_pairs(
       token_index, num_atoms, n_token, start, num_queries, num_keys
     )
-    size = padded_size(len(pair_index)) if n_pair is None else n_pair
+    size = n_pair
+    if size is None:
+      size = padded_size(max(len(pair_index), _PAIRS_PER_ATOM * n_atom))
     if size < len(pair_index):
       raise ValueError(
         f'n_pair: the windows hold {len(pair_index)} pairs of tokens, got '

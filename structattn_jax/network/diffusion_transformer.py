@@ -24,6 +24,7 @@ zeros.
 """
 
 import dataclasses
+import typing
 from typing import Any, Literal
 
 import haiku as hk
@@ -275,6 +276,10 @@ def cross_attention(
     The update, [..., num_queries, c]; meaningless for masked queries.
   """
   checks.check_dtypes('bool', mask_q=mask_q, mask_k=mask_k)
+  if padded_keys not in typing.get_args(PaddedKeys):
+    raise ValueError(
+      f"padded_keys: expected 'official' or 'masked', got {padded_keys!r}"
+    )
   x_q = adaptive_layernorm(params, x_q, single_cond_q, f'{name}q')
   x_k = adaptive_layernorm(params, x_k, single_cond_k, f'{name}k')
   logits = _logits(params, x_q, x_k, name)

@@ -250,7 +250,8 @@ def test_windows_agree_with_those_of_the_batch(dhfr):
   features = data.pad_features(dhfr[1], n_token=256)
   plan, ref = data.alphafold3_windows(features)
   batch = data.alphafold3_batch(features)
-  want = atom_layout.plan_from_batch(batch)
+  want = atom_layout.plan_from_batch(batch, n_atom=plan.n_atom)
+  assert plan.n_atom == features.atoms.mask.size
   jax.tree.map(np.testing.assert_array_equal, plan, want)
   reference = atom_layout.ref_from_batch(want, batch)
   jax.tree.map(np.testing.assert_array_equal, ref, reference)
@@ -335,6 +336,35 @@ def test_nucleotides_are_one_token_with_empty_slots():
   assert batch['pred_dense_atom_mask'][:, 1].all()
   # Also on empty slots.
   np.testing.assert_array_equal(batch['ref_space_uid'][1], 1)
+
+
+@pytest.mark.parametrize(
+  'chain', [('OMC', 'OMG', 'OMU'), ('OMC', 'G', 'OMU'), ('C', 'G', 'U')]
+)
+def test_only_the_first_residue_of_a_nucleic_chain_has_op3(chain, pdb, write):
+  for i, name in enumerate(chain):
+    hetero = name.startswith('OM')
+    # O3' lies 1.6 angstrom before the next P.
+    for atom, x in (('P', 0.0), ("O5'", 1.5), ("C1'", 3.5), ("O3'", 5.0)):
+      pdb.atom(atom, name, i + 1, (6.6 * i + x, 0.0, 0.0), hetero=hetero)
+  features = data.featurise_alphafold3(data.load_structure(write(pdb)), **FIXED)
+  atom_residue = features.tokens.residue_uid[features.atoms.token_index]
+  names = np.array(names_of(features))
+  for residue in range(3):
+    own = names[atom_residue == residue]
+    assert 'P' in own
+    assert ('OP3' in own) == (residue == 0)
+
+
+def test_padding_of_features_is_that_of_the_windows():
+  features = data.featurise_alphafold3(sequences('AGA'), **FIXED)
+  plan, _ = data.alphafold3_windows(features)
+  assert plan.n_atom == 128
+  padded = data.pad_features(features, n_token=8, n_atom=200)
+  plan, ref = data.alphafold3_windows(padded)
+  assert (plan.n_atom, plan.num_tokens) == (224, 8)
+  assert ref.ref_pos.shape == (224, 3)
+  assert data.alphafold3_windows(padded, n_atom=160)[0].n_atom == 160
 
 
 def test_unknown_residue_is_listed_as_glycine():

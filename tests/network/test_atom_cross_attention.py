@@ -469,6 +469,81 @@ def test_wrong_use_says_what_to_do(native):
     aca.encode(params, conditioning, plan.atom_mask[:, None].repeat(3, 1))
 
 
+def test_arguments_that_do_not_fit_the_parameters_say_so(native):
+  params, plan, ref, positions, floats = native
+  for name in ('trunk_single_cond', 'trunk_pair_cond'):
+    with pytest.raises(
+      ValueError, match=f'{name}: .* from the parameters diffusion_lnorm_{name}'
+    ):
+      aca.precompute(params, plan, ref, **{name: floats[name][..., 1:]})
+    lacking = {k: v for k, v in params.items() if f'lnorm_{name}' not in k}
+    with pytest.raises(ValueError, match=f'params: .* which {name} needs'):
+      aca.precompute(lacking, plan, ref, **{name: floats[name]})
+  with pytest.raises(ValueError, match="params: expected the module 'difus"):
+    aca.precompute(params, plan, ref, name='difusion')
+  lacking = {k: v for k, v in params.items() if 'decoder' not in k}
+  with pytest.raises(ValueError, match='decoder: expected False'):
+    aca.precompute(lacking, plan, ref, decoder=True)
+  conditioning = jax.jit(aca.precompute)(params, plan, ref)
+  lacking = {k: v for k, v in params.items() if 'positions_to' not in k}
+  with pytest.raises(ValueError, match=r'params: .* which positions needs'):
+    aca.encode(lacking, conditioning, positions)
+  token_act = floats['decoder_token_act']
+  skip = np.zeros((plan.n_atom, 5), np.float32)
+  with pytest.raises(ValueError, match=r'token_act: .* from the parameters'):
+    aca.decode(params, conditioning, token_act[:, 1:], skip)
+  with pytest.raises(ValueError, match=r'skip_connection: .* from the param'):
+    aca.decode(params, conditioning, token_act, skip)
+  with pytest.raises(ValueError, match=r'positions: .* from the plan'):
+    aca.encode(params, conditioning, positions[1:])
+
+
+@pytest.mark.parametrize('implementation', ['lean', 'published'])
+def test_both_implementations_check_the_same(implementation):
+  _, params, batch, floats = split('tiny_unpadded', 'float32')
+  config = sa.AtomCrossAttConfig(implementation=implementation)
+
+  def encode(batch, *arguments):
+    return aca.atom_cross_att_encoder(params, batch, *arguments, config=config)
+
+  shape = batch.pred_dense_atom_mask.shape
+  with pytest.raises(TypeError, match='batch: expected a DenseBatch, got dict'):
+    encode(batch.to_batch())
+  with pytest.raises(TypeError, match='token_atoms_act: expected floating'):
+    encode(batch, np.zeros((*shape, 3), np.int32))
+  with pytest.raises(ValueError, match='token_atoms_act: expected shape'):
+    encode(batch, np.zeros((shape[0] * shape[1], 3), np.float32))
+  with pytest.raises(ValueError, match='trunk_single_cond: expected shape'):
+    encode(batch, None, np.zeros((shape[0] + 1, 10), np.float32))
+
+  def decode(token_act):
+    encoded = encode(batch)
+    return aca.atom_cross_att_decoder(
+      params, batch, token_act, encoded, config=config
+    )
+
+  with pytest.raises(ValueError, match='token_act: expected shape'):
+    jax.eval_shape(lambda: decode(floats['decoder_token_act'][1:]))
+
+
+def test_masked_conformer_reaches_neither_values_nor_gradients(native):
+  params, plan, ref, positions, _ = native
+
+  @jax.jit
+  @jax.value_and_grad
+  def run(params, ref_pos):
+    own = dataclasses.replace(ref, ref_pos=ref_pos)
+    conditioning = aca.precompute(params, plan, own)
+    found = aca.encode(params, conditioning, positions)
+    return jnp.sum(jnp.sin(found.token_act))
+
+  masked = ~np.asarray(plan.atom_mask)[:, None]
+  assert masked.any()
+  got = run(params, np.where(masked, np.nan, ref.ref_pos).astype(np.float32))
+  want = run(params, np.asarray(ref.ref_pos))
+  jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
 @pytest.mark.parametrize('first', ['lean', 'published'])
 def test_encoder_and_decoder_of_different_implementations_are_an_error(first):
   _, params, batch, floats = split('tiny_unpadded', 'float32')

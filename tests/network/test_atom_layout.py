@@ -231,8 +231,15 @@ def test_padded_size_is_on_a_ladder():
 @pytest.mark.parametrize(
   ('options', 'message'),
   [
-    ({'token_index': [1, 0]}, 'token_index: promised sorted'),
-    ({'token_index': [0, 3]}, r'token_index: .* \[0, 3\)'),
+    ({'token_index': [1, 0]}, 'token_index: expected atoms sorted by token'),
+    ({'token_index': [0, 3]}, r'token_index: .* \[0, 3\).* got 3 for atom 1'),
+    ({'token_index': [], 'token_space_uid': []}, 'at least one token'),
+    ({'num_queries': 0}, 'num_queries: expected at least 1'),
+    ({'num_keys': -4}, 'num_keys: expected at least 1'),
+    (
+      {'token_index': [1, 1], 'dense_slot': [3, 3]},
+      'dense_slot: .* 2 atoms in slot 3 of token 1',
+    ),
     ({'n_atom': 96}, 'give n_atom=128'),
     ({'n_atom': 130}, 'give n_atom=128'),
     ({'atom_mask': np.array([False, True])}, 'atom_mask: .* atom 0'),
@@ -245,8 +252,53 @@ def test_padded_size_is_on_a_ladder():
 )
 def test_plan_with_wrong_values_says_what_to_do(options, message):
   arguments = {'token_index': [0, 1], 'token_space_uid': [0, 1, 2], **options}
+  for name in ('token_index', 'token_space_uid'):
+    arguments[name] = np.asarray(arguments[name], int)
   with pytest.raises(ValueError, match=message):
     atom_layout.build_window_plan(**arguments)
+
+
+def test_proteins_with_one_number_of_atoms_share_a_compilation():
+  rng = np.random.default_rng(0)
+  shapes = set()
+  for _ in range(8):
+    counts = rng.choice([4, 5, 6, 7, 8, 9, 11, 12], 62)
+    plan = atom_layout.build_window_plan(
+      np.repeat(np.arange(62), counts), np.arange(96), n_atom=640
+    )
+    shapes.add(tuple(x.shape for x in jax.tree.leaves(plan)))
+  assert len(shapes) == 1
+
+
+@pytest.mark.parametrize('num_real_tokens', [-1, 2, 9])
+def test_number_of_real_tokens_that_leaves_out_atoms_is_an_error(
+  num_real_tokens,
+):
+  mask = np.zeros((5, 3), bool)
+  mask[[0, 2], 0] = True
+  with pytest.raises(ValueError, match='num_real_tokens: expected 3 to 5'):
+    atom_layout.AtomCrossAtt.build(mask, num_real_tokens=num_real_tokens)
+
+
+def test_dense_batch_names_what_is_missing_and_makes_what_can_be_made():
+  batch = dict(golden_batch('tiny_padded'))
+  want = atom_layout.DenseBatch.from_batch(batch)
+  for name in ('tokens_to_keys', 'queries_to_keys'):
+    gathers = {k: v for k, v in batch.items() if not k.startswith(name)}
+    made = atom_layout.DenseBatch.from_batch(
+      gathers, num_queries=want.plan.num_queries, num_keys=want.plan.num_keys
+    )
+    keys = made.atom_cross_att.queries_to_keys.gather_idxs
+    assert keys.shape[-1] == want.plan.num_keys
+  for name in ('ref_pos', 'pred_dense_atom_mask'):
+    rest = {k: v for k, v in batch.items() if k != name}
+    with pytest.raises(ValueError, match=f"batch: expected .* '{name}'"):
+      atom_layout.DenseBatch.from_batch(rest)
+  with pytest.raises(ValueError, match='ref_pos: expected shape'):
+    atom_layout.DenseBatch.from_batch({**batch, 'ref_pos': np.ones((2, 24, 3))})
+  mask = batch['pred_dense_atom_mask'].astype(np.float32)
+  with pytest.raises(TypeError, match='pred_dense_atom_mask: expected bool'):
+    atom_layout.DenseBatch.from_batch({**batch, 'pred_dense_atom_mask': mask})
 
 
 def test_pad_atoms_of_another_structure_is_an_error():

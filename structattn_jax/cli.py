@@ -259,6 +259,11 @@ def _add_verify(commands: Any) -> None:
   parser.add_argument(
     '--json', action='store_true', help='print JSON instead of a table'
   )
+  parser.add_argument(
+    '--float64',
+    action='store_true',
+    help='replay in float64: recorded float64 runs must agree to 1e-9',
+  )
   parser.set_defaults(function=_verify)
 
 
@@ -369,7 +374,9 @@ def _verify(options: argparse.Namespace) -> int:
   def progress(message: str) -> None:
     print(f'... {message}', file=sys.stderr, flush=True)
 
-  report = verify.verify(options.path, progress=progress)
+  report = verify.verify(
+    options.path, float64=options.float64, progress=progress
+  )
   for message in (*report.notes, *report.errors):
     print(f'structattn: {message}', file=sys.stderr)
   if options.json:

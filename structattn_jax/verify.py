@@ -49,7 +49,10 @@ class Report:
 
 
 def verify(
-  paths: Iterable[Path], *, progress: Callable[[str], None] | None = None
+  paths: Iterable[Path],
+  *,
+  float64: bool = False,
+  progress: Callable[[str], None] | None = None,
 ) -> Report:
   """Replays golden files through the public API and compares every array.
 
@@ -57,6 +60,8 @@ def verify(
     paths: npz files, AlphaFold 3 parameter files (see
       `replay.af3_checkpoint`), checkpoints of PyTorch models (see
       `replay.torch_checkpoint`), or folders, which are searched for all.
+    float64: whether to replay npz files in float64, where what has a float64
+      run must be within 1e-9 of it.
     progress: called with the name of each file before it is replayed.
 
   Returns:
@@ -83,7 +88,7 @@ def verify(
       errors.append(f'{path}: no npz files in this folder')
     for file in files:
       try:
-        found, left = _replay(file, progress or (lambda message: None))
+        found, left = _replay(file, progress or (lambda message: None), float64)
       except replay.NotAGoldenError as error:
         (errors if named else notes).append(f'not replayed: {file}: {error}')
       except (CheckpointError, replay.GoldenError, ImportError) as error:
@@ -99,7 +104,7 @@ def verify(
 
 
 def _replay(
-  file: pathlib.Path, progress: Callable[[str], None]
+  file: pathlib.Path, progress: Callable[[str], None], float64: bool
 ) -> tuple[list[Row], set[str]]:
   """The compared arrays of one file, and outputs that are left."""
   if af3_checkpoint.is_model(file):
@@ -109,7 +114,7 @@ def _replay(
   if torch_checkpoint.is_checkpoint(file):
     progress(f'{file.name} (PyTorch parameters)')
     return torch_checkpoint.run(file), set()
-  golden = replay.Golden.read(file, file.stem)
+  golden = replay.Golden.read(file, file.stem, is_float64=float64)
   if replay.is_known(golden):
     progress(f'{golden.case} ({golden.meta["kind"]})')
   found = replay.run(golden)

@@ -166,6 +166,42 @@ def test_wrong_value_in_any_array_fails(report, tmp_path):
       assert not [row.output for row in found.rows if row.ok]
 
 
+FLOAT64 = (
+  'ipa_multi_small',
+  'tiny_padded',
+  'v2_structure',
+  'decoder_uneven',
+  'dual_modes',
+)
+
+
+def test_float64_replay_agrees_to_1e_9(tmp_path):
+  paths = {path.stem: path for path in files()}
+  found = verify.verify([paths[case] for case in FLOAT64], float64=True)
+  assert found.status == 0
+  for case in FLOAT64:
+    with np.load(paths[case]) as file:
+      doubled = {
+        name.partition('/')[2]
+        for name in file.files
+        if name.startswith('outputs64/') and file[name].dtype.kind == 'f'
+      }
+    rows = [row for row in found.rows if row.case == case]
+    own = [row for row in rows if row.output in doubled]
+    assert own
+    assert all(row.tolerance <= 1e-9 * max(row.scale, 1) for row in own)
+
+  def off_by_a_little(arrays, meta):
+    arrays['outputs64/out'] += 1e-7
+
+  path = edited('ipa_multi_small', tmp_path, off_by_a_little)
+  failed = [
+    {row.output for row in verify.verify([path], float64=x).rows if not row.ok}
+    for x in (False, True)
+  ]
+  assert failed == [set(), {'out'}]
+
+
 def compare(upstream_error, max_error=0.0, scale=1.0, **options):
   return golden_lib.Comparison(
     options.pop('output', 'x'),

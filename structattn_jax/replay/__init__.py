@@ -3,6 +3,9 @@
 `structattn_jax.verify` finds the files and asks this registry.
 """
 
+import contextlib
+from typing import Any
+
 import jax
 
 from structattn_jax.replay import (
@@ -97,6 +100,12 @@ def is_known(golden: Golden) -> bool:
   return (golden.meta['system'], golden.meta['kind']) in REPLAYS
 
 
+def _precision(golden: Golden) -> contextlib.AbstractContextManager[Any]:
+  if golden.is_float64:
+    return jax.enable_x64(True)
+  return contextlib.nullcontext()
+
+
 def run(golden: Golden) -> list[Row]:
   """Runs one golden on the present device and compares every array.
 
@@ -109,7 +118,10 @@ def run(golden: Golden) -> list[Row]:
     raise NotAGoldenError(f'no replay of {system} {kind!r}')
   try:
     # Parity is about the algorithm, not about TF32 or bfloat16 units.
-    with jax.default_matmul_precision('highest'):
+    with (
+      jax.default_matmul_precision('highest'),
+      _precision(golden),
+    ):
       compared = list(REPLAYS[system, kind](golden))
   except GoldenError:
     raise
@@ -120,4 +132,4 @@ def run(golden: Golden) -> list[Row]:
       f'{golden.case}: cannot be replayed as {system} {kind!r}: '
       f'{type(error).__name__}: {error}'
     ) from error
-  return judge(golden.case, compared)
+  return judge(golden.case, compared, is_float64=golden.is_float64)

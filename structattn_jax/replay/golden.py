@@ -31,6 +31,10 @@ Some gradients are exactly zero in theory: a bias that adds the same to all
 logits. Nothing can be said relative to their size. Below 1e-8 of the largest
 gradient in the file they are compared with 1e-6 of that instead (without a
 float64 run: below 1e-4 with 1e-4).
+
+Replayed in float64, what has a float64 run must be within 1e-9 of it, relative
+to the largest value, or absolutely where that is below one. The rest keeps its
+tolerance.
 """
 
 import dataclasses
@@ -50,6 +54,7 @@ GRADIENT_FLOOR = 1e-5
 MOST, MOST_GRADIENT = 3e-6, 1.5e-5
 _ZERO, _ZERO_TOLERANCE = 1e-8, 1e-6
 _ZERO_FLOAT32 = 1e-4
+_FLOAT64 = 1e-9
 
 Take = Callable[[np.ndarray], np.ndarray]
 
@@ -118,14 +123,18 @@ class Golden:
     case: name of the file without its suffix.
     meta: configuration, seed and origin.
     arrays: everything else.
+    is_float64: whether to replay in float64.
   """
 
   case: str
   meta: Mapping[str, Any]
   arrays: Mapping[str, np.ndarray]
+  is_float64: bool = False
 
   @classmethod
-  def read(cls, path: checkpoint.Path, case: str) -> 'Golden':
+  def read(
+    cls, path: checkpoint.Path, case: str, *, is_float64: bool = False
+  ) -> 'Golden':
     """Reads a file; nothing is unpickled.
 
     Raises:
@@ -145,15 +154,21 @@ class Golden:
     for key in ('system', 'kind'):
       if not isinstance(meta.get(key), str):
         raise NotAGoldenError(f'not a golden file: `meta` names no {key}')
-    return cls(case, meta, arrays)
+    return cls(case, meta, arrays, is_float64)
 
   def part(self, prefix: str) -> dict[str, np.ndarray]:
-    """Entries below `prefix/`, floats as float32, integers as int32."""
+    """Entries below `prefix/`, integers as int32, floats as replayed."""
     return {
-      name.removeprefix(f'{prefix}/'): _narrow(array)
+      name.removeprefix(f'{prefix}/'): self.cast(array)
       for name, array in self.arrays.items()
       if name.startswith(f'{prefix}/')
     }
+
+  def cast(self, array: np.ndarray) -> np.ndarray:
+    """Floats as they are replayed, integers as int32."""
+    if array.dtype.kind == 'f':
+      return array.astype(np.float64 if self.is_float64 else np.float32)
+    return array.astype(np.int32) if array.dtype.kind in 'iu' else array
 
   def outputs(self, prefix: str = '') -> list[str]:
     """Names of the recorded outputs that start with `prefix`."""
@@ -248,7 +263,9 @@ class Golden:
     return double.astype(np.float64), single.astype(np.float64)
 
 
-def judge(case: str, compared: Sequence[Comparison]) -> list[Row]:
+def judge(
+  case: str, compared: Sequence[Comparison], *, is_float64: bool = False
+) -> list[Row]:
   """Gives every array of one file its tolerance."""
   largest = max((c.scale for c in compared if c.is_gradient), default=0.0)
   rows = []
@@ -262,6 +279,8 @@ def judge(case: str, compared: Sequence[Comparison]) -> list[Row]:
         tolerance = _ZERO_FLOAT32
       elif one.upstream_error is not None and one.scale < _ZERO * largest:
         tolerance = _ZERO_TOLERANCE * largest
+    if is_float64 and one.upstream_error is not None:
+      tolerance = _FLOAT64 * max(one.scale, 1.0)
     ok = one.max_error <= tolerance < math.inf
     rows.append(Row(case, one.output, one.max_error, one.scale, tolerance, ok))
   return rows
@@ -290,9 +309,3 @@ def _largest_difference(
   with np.errstate(invalid='ignore'):
     largest = float(np.abs(x - y).max())
   return largest if math.isfinite(largest) else math.inf
-
-
-def _narrow(array: np.ndarray) -> np.ndarray:
-  if array.dtype.kind == 'f':
-    return array.astype(np.float32)
-  return array.astype(np.int32) if array.dtype.kind in 'iu' else array

@@ -246,7 +246,7 @@ def _dual_params(golden: Golden) -> dict[str, np.ndarray]:
       wide = params[name].astype(np.float64)
       if not np.allclose([wide.sum(), (wide**2).sum()], wanted, 1e-9, 1e-9):
         raise GoldenError(f'{golden.case}: the recipe gives another {name}')
-  return params
+  return {name: golden.cast(value) for name, value in params.items()}
 
 
 def single(golden: Golden) -> Iterator[Comparison]:
@@ -737,7 +737,8 @@ def _rotary(golden: Golden, recorded: set[str]) -> Iterator[Comparison]:
   rotate = jax.jit(jax.vmap(sedd.rotate_half))
   if 'rotary/qkv_out' in recorded:
     # [batch, n, 3, n_head, d_head]: queries, keys and values.
-    qkv = golden.part('outputs')['rotary/qkv_in']
+    is_wide = golden.is_float64 and golden.has_float64()
+    qkv = golden.part('outputs64' if is_wide else 'outputs')['rotary/qkv_in']
     got = [rotate(qkv[:, :, 0]), rotate(qkv[:, :, 1]), qkv[:, :, 2]]
     yield golden.value('rotary/qkv_out', np.stack(got, axis=2))
   for name in ('rotary/cos', 'rotary/sin'):

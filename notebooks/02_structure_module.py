@@ -102,6 +102,30 @@ for step in range(config.num_layer):
   )
 
 # %% [markdown]
+# The chain of CA atoms after each iteration, and all atoms after the last. A
+# random network has no reason to build a protein; what it returns is a
+# structure nevertheless, residues with ideal bond lengths.
+
+# %%
+figure, axes = plt.subplots(
+  1, config.num_layer + 1, figsize=(15, 3.4), layout='constrained'
+)
+for step, ax in enumerate(axes[:-1]):
+  x, y, _ = np.asarray(frames.translation[step]).T
+  ax.plot(x, y, '-', color=GREY, lw=0.5)
+  ax.scatter(x, y, c=np.arange(n_res), s=6, cmap='viridis')
+  ax.set_title(f'CA, iteration {step + 1}')
+atoms = np.asarray(output.final_atom_positions)
+atoms = atoms[np.asarray(output.final_atom_mask)]
+axes[-1].scatter(atoms[:, 0], atoms[:, 1], s=2, color=BLUE)
+axes[-1].set_title(f'{len(atoms)} atoms at the end')
+for ax in axes:
+  ax.set_aspect('equal')
+  ax.set_xlabel('x, angstrom')
+axes[0].set_ylabel('y, angstrom')
+plt.show()
+
+# %% [markdown]
 # ## 2. From frames and torsion angles to atoms
 #
 # Alg. 24: a residue is at most 8 rigid groups. The backbone frame and 7 torsion

@@ -301,6 +301,8 @@ def write_atomically(path: Path, content: bytes) -> None:
   path = pathlib.Path(path)
   if not path.parent.is_dir():
     raise FileNotFoundError(f'{path}: there is no folder {path.parent}')
+  if path.is_dir():
+    raise IsADirectoryError(f'{path}: is a folder; give the name of a file')
   temporary = path.with_name(f'.{path.name}.{secrets.token_hex(4)}.tmp')
   try:
     with open(temporary, 'xb') as file:

@@ -107,6 +107,8 @@ def featurise_alphafold3(
   ):
     if value not in known:
       raise ValueError(f'{name}: expected one of {known}, got {value!r}')
+  if not isinstance(seed, int | np.integer) or seed < 0:
+    raise ValueError(f'seed: expected a non-negative integer, got {seed!r}')
   random = np.random.default_rng(seed)
   bounds = np.searchsorted(
     structure.atom_residue, np.arange(structure.n_residue + 1)

@@ -323,9 +323,12 @@ class AtomCrossAttConfig(base_config.BaseConfig):
       attend to padding; 'masked': they do not.
     implementation: 'lean', or 'published': upstream's layouts and operations,
       the reference. For the one-call functions on dense batches.
-    window_chunk: windows at a time; None chooses for the device.
-    remat: whether to recompute blocks in the backward pass; less memory.
-    bfloat16: whether transformer blocks compute in bfloat16.
+    window_chunk: windows at a time; None chooses for the device. This and the
+      following two are of 'lean'.
+    remat: whether to recompute blocks in the backward pass; less memory, and
+      reverse mode only.
+    bfloat16: whether transformer blocks compute in bfloat16; decided in
+      `precompute`.
   """
 
   per_token_channels: int = 768
@@ -342,6 +345,14 @@ class AtomCrossAttConfig(base_config.BaseConfig):
   window_chunk: int | None = None
   remat: bool = True
   bfloat16: bool = False
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    if self.window_chunk is not None and self.window_chunk < 1:
+      raise ValueError(
+        f'{type(self).__name__}.window_chunk: expected at least 1, got '
+        f'{self.window_chunk}'
+      )
 
 
 @jax.tree_util.register_dataclass
@@ -889,6 +900,9 @@ def transform_atom_cross_att(
 
     conditioning = precompute(params, plan, ref, single, pair)
     per_sample = jax.vmap(lambda x: encode(params, conditioning, x))
+
+  Under `jax.vmap` of `apply` itself the conditioning is computed once, too, but
+  returned once per sample: take `token_act` and `update` of the result inside.
 
   Args:
     config: sizes; None takes AF3's diffusion head.

@@ -330,7 +330,9 @@ def key_starts(
   """First key atom of each window, by upstream's rule.
 
   A window that would start before atom 0 starts there; one that would end
-  after the last real atom ends there. The first test wins. With fewer atoms
+  after the last real atom ends there. The first test wins. Where num_queries
+  + num_keys is odd, upstream rounds the positions around atom 0 towards zero
+  and lists one atom twice; here starts are rounded down. With fewer atoms
   than keys the second start is negative, which upstream reads as counted from
   the end of the padded list, so that padding comes first.
 

@@ -125,6 +125,12 @@ class TransformerConfig(base_config.BaseConfig):
 
   def __post_init__(self) -> None:
     super().__post_init__()
+    for field in ('num_blocks', 'super_block_size'):
+      if getattr(self, field) < 1:
+        raise ValueError(
+          f'{type(self).__name__}.{field}: expected at least 1, got '
+          f'{getattr(self, field)}'
+        )
     if self.num_blocks % self.super_block_size:
       raise ValueError(
         f'TransformerConfig: num_blocks={self.num_blocks} must be divisible by '

@@ -17,6 +17,7 @@ a damaged file an error.
 """
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import io
@@ -298,20 +299,32 @@ def read_npz(
 
 def write_atomically(path: Path, content: bytes) -> None:
   """Writes a file under another name in the same folder and renames it."""
-  path = pathlib.Path(path)
+  write_all_atomically({pathlib.Path(path): content})
+
+
+def write_all_atomically(files: Mapping[pathlib.Path, bytes]) -> None:
+  """Writes files under other names, and renames them when all are written."""
+  with contextlib.ExitStack() as stack:
+    written = []
+    for path, content in files.items():
+      temporary = _temporary(path)
+      stack.callback(temporary.unlink, missing_ok=True)
+      with open(temporary, 'xb') as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+      written.append((temporary, path))
+    for temporary, path in written:
+      os.replace(temporary, path)
+
+
+def _temporary(path: pathlib.Path) -> pathlib.Path:
+  """Another name in the same folder, where `path` can be written."""
   if not path.parent.is_dir():
     raise FileNotFoundError(f'{path}: there is no folder {path.parent}')
   if path.is_dir():
     raise IsADirectoryError(f'{path}: is a folder; give the name of a file')
-  temporary = path.with_name(f'.{path.name}.{secrets.token_hex(4)}.tmp')
-  try:
-    with open(temporary, 'xb') as file:
-      file.write(content)
-      file.flush()
-      os.fsync(file.fileno())
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
+  return path.with_name(f'.{path.name}.{secrets.token_hex(4)}.tmp')
 
 
 def _read_array(stream: io.BytesIO, path: Path, name: str) -> np.ndarray:

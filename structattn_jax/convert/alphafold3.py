@@ -304,7 +304,9 @@ def _load(
       others[scope] = None
     return scope.startswith(prefix)
 
+  last = ''
   for record in record_file.read_records(path, keep=keep, model=model):
+    last = f'{record.scope}//{record.name}'
     # As published: what comes later wins.
     arrays[record.scope.removeprefix(outer), record.name] = record.array
   if not arrays:
@@ -339,8 +341,11 @@ def _load(
         'float32'
       )
   if problems:
+    cut = ''
+    if len(arrays) < len(table):
+      cut = f' (the last record of them is {last}; is the file cut after it?)'
     raise CheckpointError(
-      f'{path}: does not fit the AlphaFold 3 parameters {prefix}...: '
+      f'{path}: does not fit the AlphaFold 3 parameters {prefix}...{cut}: '
       f'{"; ".join(problems)}'
     )
   params: dict[str, Any] = {}

@@ -221,7 +221,7 @@ def write_records(
       or `X.0.bin`, which the published code reads.
 
   Returns:
-    The files written, each at once and none before all content is known.
+    The files written; none takes its name before all are written.
 
   Raises:
     ValueError: on another suffix, no shards, a name or dtype that cannot be
@@ -263,8 +263,9 @@ def write_records(
       f'read instead: {", ".join(others)}; remove them or choose another name'
     )
   bounds = [len(content) * i // num_shards for i in range(num_shards + 1)]
-  for i, file in enumerate(files):
-    checkpoint.write_atomically(file, content[bounds[i] : bounds[i + 1]])
+  checkpoint.write_all_atomically(
+    {file: content[bounds[i] : bounds[i + 1]] for i, file in enumerate(files)}
+  )
   return tuple(files)
 
 

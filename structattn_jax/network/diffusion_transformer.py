@@ -25,6 +25,7 @@ zeros.
 
 import dataclasses
 import typing
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import haiku as hk
@@ -161,7 +162,8 @@ def adaptive_layernorm(
     [..., c] in the dtype of `x`.
   """
   if single_cond is None:
-    own = params[f'{name}layer_norm']
+    own = _module(params, f'{name}layer_norm')
+    _check_channels(x, own['scale'].shape[0], f'{name}layer_norm')
     wide = numerics.at_least_float32(x)
     y = numerics.layer_norm(wide) * own['scale'] + own['offset']
     return y.astype(x.dtype)
@@ -241,6 +243,7 @@ def self_attention(
   Returns:
     The update, [n_token, c]; without any kept key, that of zero values.
   """
+  checks.check_shapes(x=(x, 'n_token c'), mask=(mask, 'n_token'))
   checks.check_dtypes('bool', mask=mask)
   x = adaptive_layernorm(params, x, single_cond, name)
   logits = _logits(params, x, x, name)
@@ -396,6 +399,11 @@ def transformer(
     'floating', act=act, single_cond=single_cond, pair_cond=pair_cond
   )
   checks.check_dtypes('bool', mask=mask)
+  if single_cond.dtype != act.dtype:
+    raise TypeError(
+      f'single_cond: expected the dtype of act, {act.dtype}, got '
+      f'{single_cond.dtype}'
+    )
   pair_act = None
   if pair_cond is not None:
     pair_act = scaled_layer_norm(params, pair_cond, 'pair_input_layer_norm')
@@ -686,7 +694,8 @@ def linear(
   precision: jax.lax.PrecisionLike = None,
 ) -> jax.Array:
   """Weights and, where there is one, bias, in the dtype of `x`."""
-  own = params[name]
+  own = _module(params, name)
+  _check_channels(x, own['weights'].shape[0], name)
   y = jnp.tensordot(
     x, own['weights'].astype(x.dtype), axes=1, precision=precision
   )
@@ -695,8 +704,25 @@ def linear(
 
 def scaled_layer_norm(params: Params, x: jax.Array, name: str) -> jax.Array:
   """Layer norm with a scale and without offset."""
+  scale = _module(params, name)['scale']
+  _check_channels(x, scale.shape[0], name)
   wide = numerics.layer_norm(numerics.at_least_float32(x))
-  return (wide * params[name]['scale']).astype(x.dtype)
+  return (wide * scale).astype(x.dtype)
+
+
+def _module(params: Params, name: str) -> Mapping[str, jax.Array]:
+  if name not in params:
+    some = ', '.join(sorted(params)[:3])
+    raise ValueError(f'params: expected the module {name!r}, got {some}, ...')
+  return params[name]
+
+
+def _check_channels(x: jax.Array, channels: int, name: str) -> None:
+  if x.shape[-1] != channels:
+    raise ValueError(
+      f'params: {name!r} is for {channels} channels, its input has shape '
+      f'{x.shape}'
+    )
 
 
 def swish_gate(x: jax.Array) -> jax.Array:

@@ -218,6 +218,26 @@ def test_several_models_need_a_name(tmp_path):
   assert "no model 'c'" in refusal(tmp_path, model='c')
 
 
+def test_shards_are_written_all_or_none(tmp_path, sample, monkeypatch):
+  old = record_file.write_records(tmp_path / 'x.bin', sample, num_shards=3)
+  before = [file.read_bytes() for file in old]
+  opened = []
+
+  def fails_at_the_second(file, mode):
+    opened.append(file)
+    if len(opened) == 2:
+      raise OSError('no space left')
+    return open(file, mode)
+
+  monkeypatch.setattr(checkpoint, 'open', fails_at_the_second, raising=False)
+  doubled = [record._replace(array=2 * record.array) for record in sample]
+  with pytest.raises(OSError, match='no space left'):
+    record_file.write_records(tmp_path / 'x.bin', doubled, num_shards=3)
+  monkeypatch.undo()
+  assert [file.read_bytes() for file in old] == before
+  assert len(list(tmp_path.iterdir())) == 3
+
+
 def test_missing_shard_is_an_error(tmp_path, sample):
   files = record_file.write_records(tmp_path / 'x.bin', sample, num_shards=4)
   files[2].unlink()

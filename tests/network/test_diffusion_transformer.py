@@ -145,6 +145,20 @@ def test_transformer_of_wrong_shape_names_the_argument(token_case):
     dt.transformer(params, act, mask, cond, pair[1:])
   with pytest.raises(TypeError, match='mask: expected bool'):
     dt.transformer(params, act, mask.astype(np.float32), cond, pair)
+  with pytest.raises(TypeError, match='single_cond: expected the dtype of act'):
+    dt.transformer(params, act, mask, cond.astype(jnp.bfloat16), pair)
+
+
+def test_what_does_not_fit_the_parameters_names_them(token_case):
+  params, (act, mask, cond, pair) = token_case
+  with pytest.raises(
+    ValueError, match=r"'pair_input_layer_norm' is for \d+ ch"
+  ):
+    dt.transformer(params, act, mask, cond, pair[..., 1:])
+  with pytest.raises(ValueError, match=r"'single_cond_layer_norm' is for \d+"):
+    dt.transformer(params, act, mask, cond[:, 1:], pair)
+  with pytest.raises(ValueError, match="expected the module 'single_cond"):
+    dt.transformer(params, act, mask, cond, pair, name='foo')
 
 
 def test_cross_attention_masks_keys_only_if_asked():
@@ -164,6 +178,8 @@ def test_cross_attention_masks_keys_only_if_asked():
       params, x_q, x_k, mask_q, mask_k, padded_keys=padded_keys
     )
 
+  with pytest.raises(ValueError, match=r"padded_keys: .* got 'maskd'"):
+    run(x_k, mask_k, 'maskd')
   assert np.any(run(x_k, mask_k, 'official') != run(x_k, mask_k, 'masked'))
   np.testing.assert_allclose(
     run(x_k, mask_k, 'official'), run(x_k, np.ones(5, bool), 'masked')

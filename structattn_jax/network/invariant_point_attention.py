@@ -223,13 +223,13 @@ class InvariantPointAttention(hk.Module):
         `SharedPair`; None leaves out the pair bias and the pair values.
       rotation: [n_res, 3, 3] float, orthonormal, acting on column vectors.
       translation: [n_res, 3] float, any length unit.
-      mask: [n_res] bool, True = real residue; None means all real.
+      mask: [n_res] bool, True = real residue; None means all real. The rows of
+        masked residues may hold anything in all arguments, NaN included.
       pair_bias: [n_res, n_head, n_res] from the method `pair_bias`, to be used
         instead of projecting `pair` again. A `SharedPair` has its own.
       pair_gradient: of this call, from `share_pair`, with its `SharedPair`.
       return_attention: whether to return intermediates too (dense); not with
-        `pair_gradient`, which only the blocks fill. What belongs to masked
-        residues may hold anything in all arguments, NaN included.
+        `pair_gradient`, which only the blocks fill.
 
     Returns:
       [n_res, num_channel] in the dtype of `single`, zero for masked residues;
@@ -620,8 +620,9 @@ def transform_ipa(
 
     >>> poses = jax.vmap(apply, in_axes=(None, None, None, 0, 0))
 
-  Their gradients of the pair are added up only at the end: with many poses of
-  a large structure, take `jax.lax.map` over groups of them.
+  Each has a gradient of the pair then, added up at the end. With many poses of
+  a large structure take `jax.lax.map`, or in a Haiku module of your own the
+  method `share_pair`, which holds factors of it instead.
 
   Args:
     config: sizes; None takes AF2's monomer.

@@ -49,6 +49,16 @@ class BaseConfig:
       if checked is not value:
         object.__setattr__(self, field.name, checked)
 
+  def check_at_least(self, least: int, *fields: str) -> None:
+    """Raises a ValueError if a field is smaller; None is passed over."""
+    for field in fields:
+      value = getattr(self, field)
+      if value is not None and value < least:
+        raise ValueError(
+          f'{type(self).__name__}.{field}: expected at least {least}, got '
+          f'{value}'
+        )
+
   @classmethod
   def from_dict(cls, values: Mapping[str, Any]) -> Self:
     """Makes a config from a plain mapping; nested mappings make sub-configs.

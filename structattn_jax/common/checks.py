@@ -121,7 +121,11 @@ def is_concrete(array: Any) -> bool:
 
 
 def validate_segment_ids(
-  segment_ids: Any, num_segments: int, *, name: str = 'segment_ids'
+  segment_ids: Any,
+  num_segments: int,
+  *,
+  name: str = 'segment_ids',
+  advice: str | None = None,
 ) -> None:
   """Checks on the host that ids lie in [0, num_segments).
 
@@ -129,6 +133,7 @@ def validate_segment_ids(
     segment_ids: [n] integers, concrete.
     num_segments: number of segments (tokens).
     name: argument name for the message.
+    advice: what to do; None means that of the segment operations.
 
   Raises:
     ValueError: naming the first offending position.
@@ -136,19 +141,28 @@ def validate_segment_ids(
   ids = np.asarray(segment_ids)
   bad = np.flatnonzero((ids < 0) | (ids >= num_segments))
   if bad.size:
+    advice = advice or (
+      f'give num_segments >= {ids.max() + 1} or mask the row with an id in '
+      'range'
+    )
     raise ValueError(
       f'{name}: expected ids in [0, {num_segments}), got {ids[bad[0]]} at '
-      f'position {bad[0]}; give num_segments >= {ids.max() + 1} or mask the '
-      'row with an id in range'
+      f'position {bad[0]}; {advice}'
     )
 
 
-def validate_sorted(ids: Any, *, name: str = 'segment_ids') -> None:
+def validate_sorted(
+  ids: Any,
+  *,
+  name: str = 'segment_ids',
+  advice: str = 'sort the rows or pass indices_are_sorted=False',
+) -> None:
   """Checks on the host that ids never decrease.
 
   Args:
     ids: [n] integers, concrete.
     name: argument name for the message.
+    advice: what to do.
 
   Raises:
     ValueError: naming the first position where they decrease.
@@ -159,7 +173,7 @@ def validate_sorted(ids: Any, *, name: str = 'segment_ids') -> None:
     at = int(drops[0])
     raise ValueError(
       f'{name}: promised sorted, but {ids[at]} at position {at} is followed '
-      f'by {ids[at + 1]}; sort the rows or pass indices_are_sorted=False'
+      f'by {ids[at + 1]}; {advice}'
     )
 
 

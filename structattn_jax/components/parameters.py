@@ -28,6 +28,28 @@ class Parameter(NamedTuple):
 Table = dict[str, dict[str, Parameter]]
 
 
+def module(
+  params: Params, name: str, argument: str | None = None
+) -> Mapping[str, jax.Array]:
+  """The parameters of a module.
+
+  Args:
+    params: of a model.
+    name: of the module.
+    argument: what was given that needs them, for the message.
+
+  Raises:
+    ValueError: if there is no such module.
+  """
+  if name not in params:
+    some = ', '.join(sorted(params)[:3])
+    given = f'which {argument} needs, ' if argument else ''
+    raise ValueError(
+      f'params: expected the module {name!r}, {given}got {some}, ...'
+    )
+  return params[name]
+
+
 def linear(
   num_input: int,
   *num_output: int,

@@ -318,7 +318,7 @@ def rotation_from_two_vectors(
   check_trailing(e0=(e0, '3'), e1=(e1, '3'))
   if parameterisation not in _EPSILON:
     raise ValueError(
-      f"parameterisation: expected 'monomer' or 'multimer', got "
+      "parameterisation: expected 'monomer' or 'multimer', got "
       f'{parameterisation!r}'
     )
   least = _EPSILON[parameterisation] if epsilon is None else epsilon

@@ -15,7 +15,6 @@ and attends through windows of 32 x 128 atoms instead.
 """
 
 import dataclasses
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import haiku as hk
@@ -348,11 +347,7 @@ class AtomCrossAttConfig(base_config.BaseConfig):
 
   def __post_init__(self) -> None:
     super().__post_init__()
-    if self.window_chunk is not None and self.window_chunk < 1:
-      raise ValueError(
-        f'{type(self).__name__}.window_chunk: expected at least 1, got '
-        f'{self.window_chunk}'
-      )
+    self.check_at_least(1, 'window_chunk')
 
 
 @jax.tree_util.register_dataclass
@@ -491,14 +486,14 @@ def precompute(
   """
   config = config or AtomCrossAttConfig()
   _check_precompute(plan, ref, trunk_single_cond, trunk_pair_cond)
-  _require(params, f'{name}_embed_ref_pos')
+  pm.module(params, f'{name}_embed_ref_pos')
   for argument, given, spec in (
     ('trunk_single_cond', trunk_single_cond, 'n_token c'),
     ('trunk_pair_cond', trunk_pair_cond, 'n_token n_token c'),
   ):
     if given is not None:
       module = f'{name}_lnorm_{argument}'
-      size = _require(params, module, argument)['scale'].shape[0]
+      size = pm.module(params, module, argument)['scale'].shape[0]
       sizes = {'c': (size, f'the parameters {module}')}
       checks.check_shapes(sizes, **{argument: (given, spec)})
   has_decoder = any(
@@ -597,7 +592,7 @@ def encode(
   checks.check_dtypes('floating', positions=positions)
   keep = plan.atom_mask[:, None]
   if positions is not None:
-    _require(params, f'{name}_atom_positions_to_features', 'positions')
+    pm.module(params, f'{name}_atom_positions_to_features', 'positions')
     positions = jnp.where(keep, positions, 0)
     noisy = dt.linear(
       params, positions, f'{name}_atom_positions_to_features', 'highest'
@@ -643,7 +638,7 @@ def decode(
       'conditioning: has no decoder; call precompute with decoder=True'
     )
   leaf = f'{name}_project_token_features_for_broadcast'
-  c_token, c_atom = _require(params, leaf, 'token_act')['weights'].shape
+  c_token, c_atom = pm.module(params, leaf, 'token_act')['weights'].shape
   checks.check_shapes(
     {
       'n_atom': (plan.n_atom, 'the plan'),
@@ -1049,20 +1044,6 @@ def _head(
   return AtomCrossAttHeadOutput(
     encoding.token_act, encoding.skip_connection, update, conditioning
   )
-
-
-def _require(
-  params: Params, module: str, argument: str | None = None
-) -> Mapping[str, jax.Array]:
-  """The parameters of a module; an error says what is given without them."""
-  if module not in params:
-    some = ', '.join(sorted(params)[:3])
-    given = f'which {argument} needs, ' if argument else ''
-    raise ValueError(
-      f'params: expected the module {module!r}, {given}got {some}, ...; see '
-      'atom_cross_att_parameters for names and prefixes'
-    )
-  return params[module]
 
 
 def _check_dense(

@@ -194,7 +194,15 @@ def build_window_plan(
   if not n_token:
     raise ValueError('token_space_uid: expected at least one token, got none')
   token_index = token_index[:num_atoms].astype(np.int32)
-  _check_token_index(token_index, n_token)
+  checks.validate_sorted(
+    token_index, name='token_index', advice='sort the atoms by token'
+  )
+  checks.validate_segment_ids(
+    token_index,
+    n_token,
+    name='token_index',
+    advice=f'token_space_uid has one entry per token, {n_token}',
+  )
   if dense_slot is None:
     dense_slot = np.arange(num_atoms) - np.searchsorted(
       token_index, token_index
@@ -765,24 +773,6 @@ def _check_window_sizes(num_queries: int, num_keys: int) -> None:
   for name, size in (('num_queries', num_queries), ('num_keys', num_keys)):
     if size < 1:
       raise ValueError(f'{name}: expected at least 1, got {size}')
-
-
-def _check_token_index(token_index: np.ndarray, n_token: int) -> None:
-  """Raises an error unless tokens never decrease and exist."""
-  drops = np.flatnonzero(token_index[1:] < token_index[:-1])
-  if drops.size:
-    at = int(drops[0])
-    raise ValueError(
-      f'token_index: expected atoms sorted by token, but atom {at} of token '
-      f'{token_index[at]} is followed by one of token {token_index[at + 1]}'
-    )
-  bad = np.flatnonzero((token_index < 0) | (token_index >= n_token))
-  if bad.size:
-    at = int(bad[0])
-    raise ValueError(
-      f'token_index: expected tokens in [0, {n_token}), the length of '
-      f'token_space_uid, got {token_index[at]} for atom {at}'
-    )
 
 
 def _mask_rows(rows: jax.Array, mask: jax.Array) -> jax.Array:

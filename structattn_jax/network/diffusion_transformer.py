@@ -25,7 +25,6 @@ zeros.
 
 import dataclasses
 import typing
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import haiku as hk
@@ -126,12 +125,7 @@ class TransformerConfig(base_config.BaseConfig):
 
   def __post_init__(self) -> None:
     super().__post_init__()
-    for field in ('num_blocks', 'super_block_size'):
-      if getattr(self, field) < 1:
-        raise ValueError(
-          f'{type(self).__name__}.{field}: expected at least 1, got '
-          f'{getattr(self, field)}'
-        )
+    self.check_at_least(1, 'num_blocks', 'super_block_size')
     if self.num_blocks % self.super_block_size:
       raise ValueError(
         f'TransformerConfig: num_blocks={self.num_blocks} must be divisible by '
@@ -162,7 +156,7 @@ def adaptive_layernorm(
     [..., c] in the dtype of `x`.
   """
   if single_cond is None:
-    own = _module(params, f'{name}layer_norm')
+    own = pm.module(params, f'{name}layer_norm')
     _check_channels(x, own['scale'].shape[0], f'{name}layer_norm')
     wide = numerics.at_least_float32(x)
     y = numerics.layer_norm(wide) * own['scale'] + own['offset']
@@ -694,7 +688,7 @@ def linear(
   precision: jax.lax.PrecisionLike = None,
 ) -> jax.Array:
   """Weights and, where there is one, bias, in the dtype of `x`."""
-  own = _module(params, name)
+  own = pm.module(params, name)
   _check_channels(x, own['weights'].shape[0], name)
   y = jnp.tensordot(
     x, own['weights'].astype(x.dtype), axes=1, precision=precision
@@ -704,17 +698,10 @@ def linear(
 
 def scaled_layer_norm(params: Params, x: jax.Array, name: str) -> jax.Array:
   """Layer norm with a scale and without offset."""
-  scale = _module(params, name)['scale']
+  scale = pm.module(params, name)['scale']
   _check_channels(x, scale.shape[0], name)
   wide = numerics.layer_norm(numerics.at_least_float32(x))
   return (wide * scale).astype(x.dtype)
-
-
-def _module(params: Params, name: str) -> Mapping[str, jax.Array]:
-  if name not in params:
-    some = ', '.join(sorted(params)[:3])
-    raise ValueError(f'params: expected the module {name!r}, got {some}, ...')
-  return params[name]
 
 
 def _check_channels(x: jax.Array, channels: int, name: str) -> None:

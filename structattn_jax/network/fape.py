@@ -17,16 +17,14 @@ with the number of points, not with frames times points.
 """
 
 import dataclasses
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from structattn_jax import geometry
 from structattn_jax.common import checks, numerics
+from structattn_jax.geometry.rotation import Parameterisation
 from structattn_jax.network import residue_constants
-
-Parameterisation = Literal['monomer', 'multimer']
 
 # Added to the number of pairs, so that no pair at all gives zero.
 _COUNT_EPSILON = 1e-4

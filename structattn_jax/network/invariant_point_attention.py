@@ -95,13 +95,8 @@ class InvariantPointAttentionConfig(base_config.BaseConfig):
 
   def __post_init__(self) -> None:
     super().__post_init__()
-    for field in dataclasses.fields(self):
-      value = getattr(self, field.name)
-      if isinstance(value, int) and not isinstance(value, bool) and value < 1:
-        raise ValueError(
-          f'{type(self).__name__}.{field.name}: expected at least 1, got '
-          f'{value}'
-        )
+    sizes = {x.name: getattr(self, x.name) for x in dataclasses.fields(self)}
+    self.check_at_least(1, *(x for x in sizes if type(sizes[x]) is int))
 
   @classmethod
   def seed(cls, **options: Any) -> Self:
@@ -661,15 +656,13 @@ def transform_ipa_pair_bias(
 ) -> hk.Transformed:
   """Pure functions of the pair's term of the logits, to be computed once.
 
-    >>> init, apply = transform_ipa()
-    >>> single, pair = jnp.ones((4, 16)), jnp.ones((4, 4, 8))
-    >>> rotation = jnp.broadcast_to(jnp.eye(3), (4, 3, 3))
-    >>> translation = jnp.zeros((4, 3))
-    >>> params = init(jax.random.key(0), single, pair, rotation, translation)
-    >>> pair_bias = transform_ipa_pair_bias().apply(params, pair)
-    >>> out = apply(
-    ...   params, single, pair, rotation, translation, pair_bias=pair_bias
-    ... )
+    >>> init, apply = transform_ipa_pair_bias()
+    >>> pair = jnp.ones((4, 4, 8))
+    >>> params = init(jax.random.key(0), pair)
+    >>> apply(params, pair).shape
+    (4, 12, 4)
+
+  The result is the argument `pair_bias` of `transform_ipa`'s `apply`.
 
   Args:
     config: as in `transform_ipa`.

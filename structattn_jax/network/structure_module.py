@@ -51,12 +51,8 @@ class SideChainConfig(base_config.BaseConfig):
 
   def __post_init__(self) -> None:
     super().__post_init__()
-    for field, least in (('num_channel', 1), ('num_residual_block', 0)):
-      if getattr(self, field) < least:
-        raise ValueError(
-          f'{type(self).__name__}.{field}: expected at least {least}, got '
-          f'{getattr(self, field)}'
-        )
+    self.check_at_least(1, 'num_channel')
+    self.check_at_least(0, 'num_residual_block')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,12 +100,8 @@ class StructureModuleConfig(base_config.BaseConfig):
 
   def __post_init__(self) -> None:
     super().__post_init__()
-    for field in ('num_layer', 'num_layer_in_transition', 'num_channel'):
-      if getattr(self, field) < 1:
-        raise ValueError(
-          f'{type(self).__name__}.{field}: expected at least 1, got '
-          f'{getattr(self, field)}'
-        )
+    self.check_at_least(1, 'num_layer', 'num_layer_in_transition')
+    self.check_at_least(1, 'num_channel')
     if not self.position_scale > 0:
       raise ValueError(
         f'{type(self).__name__}.position_scale: expected a positive length, '

@@ -4,7 +4,6 @@
 """
 
 import contextlib
-from typing import Any
 
 import jax
 
@@ -100,12 +99,6 @@ def is_known(golden: Golden) -> bool:
   return (golden.meta['system'], golden.meta['kind']) in REPLAYS
 
 
-def _precision(golden: Golden) -> contextlib.AbstractContextManager[Any]:
-  if golden.is_float64:
-    return jax.enable_x64(True)
-  return contextlib.nullcontext()
-
-
 def run(golden: Golden) -> list[Row]:
   """Runs one golden on the present device and compares every array.
 
@@ -120,7 +113,7 @@ def run(golden: Golden) -> list[Row]:
     # Parity is about the algorithm, not about TF32 or bfloat16 units.
     with (
       jax.default_matmul_precision('highest'),
-      _precision(golden),
+      jax.enable_x64(True) if golden.is_float64 else contextlib.nullcontext(),
     ):
       compared = list(REPLAYS[system, kind](golden))
   except GoldenError:

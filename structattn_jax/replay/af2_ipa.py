@@ -60,20 +60,16 @@ def attention(golden: Golden) -> Iterator[Comparison]:
     numbers = tuple(range(1 + len(arrays)))
     return jax.value_and_grad(loss, numbers, has_aux=True)(params, *arrays)
 
-  # Far from the origin upstream loses up to twice the relative spacing of
-  # float32 there. Centring avoids nearly all of it: a tenth of the spacing is
-  # accepted, but all that upstream lost where its float32 run is the truth.
-  spacing = np.finfo(np.float32).eps * np.abs(inputs['translation']).max()
-  far = 0.1 * float(spacing)
-  far32 = 2 * float(spacing) if not golden.has_float64() else 0.0
-  options: dict[str, Any] = {
-    'most': max(golden_lib.MOST, far),
-    'floor': max(golden_lib.FLOOR, far32),
-  }
+  # Far from the origin upstream loses some times the relative spacing of
+  # float32 there. Centring avoids nearly all of it: a tenth is accepted.
+  far = 0.1 * float(
+    np.finfo(np.float32).eps * np.abs(inputs['translation']).max()
+  )
+  most = max(golden_lib.MOST, far)
   (_, out), gradients = run(params, *arrays)
   recorded = golden.outputs()
   if 'out' in recorded:
-    yield golden.value('out', out, rows=_rows(mask), **options)
+    yield golden.value('out', out, rows=_rows(mask), most=most)
   if {'attn', 'features'} & set(recorded):
     found = intermediates(params, *arrays)
     weights = found.attention
@@ -83,18 +79,15 @@ def attention(golden: Golden) -> Iterator[Comparison]:
       weights = jnp.moveaxis(weights, 0, -1)
     if 'attn' in recorded:
       rows = _rows(mask, query)
-      yield golden.value('attn', weights, rows=rows, **options)
+      yield golden.value('attn', weights, rows=rows, most=most)
     if 'features' in recorded:
       yield golden.value(
-        'features', found.features, rows=_rows(mask), **options
+        'features', found.features, rows=_rows(mask), most=most
       )
   if 'cotangent' in inputs:
     named = dict(zip(_ARGUMENTS, gradients[1:], strict=True))
-    options = {
-      'most': max(golden_lib.MOST_GRADIENT, far),
-      'floor': max(golden_lib.GRADIENT_FLOOR, far32),
-    }
-    yield from _gradients(golden, named, gradients[0], **options)
+    most = max(golden_lib.MOST_GRADIENT, far)
+    yield from _gradients(golden, named, gradients[0], most=most)
 
 
 def structure(golden: Golden) -> Iterator[Comparison]:

@@ -239,12 +239,13 @@ class Golden:
     output: str,
     got: Any,
     *,
-    floor: float = GRADIENT_FLOOR,
     most: float = MOST_GRADIENT,
     factor: float = FACTOR,
   ) -> Comparison:
     """Compares a gradient with the recorded one; arguments as `value`."""
-    compared = self.value(output, got, floor=floor, most=most, factor=factor)
+    compared = self.value(
+      output, got, floor=GRADIENT_FLOOR, most=most, factor=factor
+    )
     return dataclasses.replace(compared, is_gradient=True)
 
   def _recorded(self, output: str) -> tuple[np.ndarray, np.ndarray | None]:

@@ -245,7 +245,9 @@ def test_missing_shard_is_an_error(tmp_path, sample):
   assert 'shards of' in message
   assert 'x.3.bin' in message
   files[3].unlink()  # The last ones: nothing in the names says so.
-  assert 'the file ends in' in refusal(files[0])
+  message = refusal(files[0])
+  assert 'the file ends in' in message
+  assert 'x.1.bin, is one damaged or missing?' in message
 
 
 @pytest.mark.parametrize(
@@ -512,6 +514,7 @@ def test_foreign_and_incomplete_files_are_refused(tmp_path):
     PLAIN, lambda p: convert.load_atom_cross_att(p, 'evoformer_conditioning')
   )
   assert 'missing diffuser/evoformer_conditioning_embed_ref_pos//we' in message
+  assert 'is the file cut after it?' in message
   assert 'no such file' in refusal(tmp_path / 'gone.bin').lower()
   with pytest.raises(ValueError, match=r"copy: expected one of.*'trunk'"):
     convert.load_atom_cross_att(PLAIN, 'trunk')

@@ -231,8 +231,11 @@ def test_padded_size_is_on_a_ladder():
 @pytest.mark.parametrize(
   ('options', 'message'),
   [
-    ({'token_index': [1, 0]}, 'token_index: expected atoms sorted by token'),
-    ({'token_index': [0, 3]}, r'token_index: .* \[0, 3\).* got 3 for atom 1'),
+    ({'token_index': [1, 0]}, 'token_index: .* sort the atoms by token'),
+    (
+      {'token_index': [0, 3]},
+      r'token_index: .* \[0, 3\), got 3 at position 1; token_space',
+    ),
     ({'token_index': [], 'token_space_uid': []}, 'at least one token'),
     ({'num_queries': 0}, 'num_queries: expected at least 1'),
     ({'num_keys': -4}, 'num_keys: expected at least 1'),

@@ -1,1 +1,0 @@
-"""Faster paths that a benchmark justifies, each beside its reference."""

@@ -32,7 +32,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import structattn_jax as sa
-from structattn_jax import cli, data, demo, figures
+from structattn_jax import cli, data
+from structattn_jax.apps import demo, figures
 
 # Parity with float64 means little through TF32 units.
 jax.config.update('jax_default_matmul_precision', 'highest')
@@ -71,8 +72,8 @@ print(int(padded.tokens.mask.sum()), 'tokens are real')
 # %%
 protein = data.protein_only(features)
 n_res = len(protein.mask)
-config = sa.InvariantPointAttentionConfig.seed(num_head=4)
-init, apply = sa.transform_ipa(config)
+config = sa.alphafold2.InvariantPointAttentionConfig.seed(num_head=4)
+init, apply = sa.alphafold2.transform_ipa(config)
 
 key_single, key_pair, key_init = jax.random.split(jax.random.key(0), 3)
 single = jax.random.normal(key_single, (n_res, 64))
@@ -183,8 +184,8 @@ figures.window_layout(features, experiments)
 # %%
 def model(atom_act, token_act, atom_to_token):
   """One round of token <-> atom exchange with residuals."""
-  update = sa.atom_cross_attention(
-    sa.AtomCrossAttentionConfig(num_head=2, d_head=16),
+  update = sa.seeds.token_atom_update(
+    sa.seeds.TokenAtomAttentionConfig(num_head=2, d_head=16),
     atom_act,
     token_act,
     atom_to_token,

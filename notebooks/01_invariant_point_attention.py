@@ -32,7 +32,9 @@ import optax
 
 import structattn_jax as sa
 from structattn_jax import data
-from structattn_jax.reference import invariant_point_attention as oracle
+from structattn_jax.reference.alphafold2 import (
+  invariant_point_attention as oracle,
+)
 
 # Parity with float64 means little through TF32 units.
 jax.config.update('jax_default_matmul_precision', 'highest')
@@ -74,8 +76,10 @@ print(n_res, 'residues; single', single.shape, 'and pair', pair.shape)
 # numbers instead, else the output would be zero whatever happens before.
 
 # %%
-config = sa.InvariantPointAttentionConfig(num_head=4, zero_init=False)
-init, apply = sa.transform_ipa(config)
+config = sa.alphafold2.InvariantPointAttentionConfig(
+  num_head=4, zero_init=False
+)
+init, apply = sa.alphafold2.transform_ipa(config)
 params = init(jax.random.key(0), single, pair, rotation, translation / UNIT)
 
 # %% [markdown]
@@ -370,10 +374,10 @@ plt.show()
 
 # %%
 def temporary_bytes(implementation, n, gradient):
-  config = sa.InvariantPointAttentionConfig(
+  config = sa.alphafold2.InvariantPointAttentionConfig(
     implementation=implementation, query_block=16, zero_init=False
   )
-  init, apply = sa.transform_ipa(config)
+  init, apply = sa.alphafold2.transform_ipa(config)
   inputs = [
     jax.ShapeDtypeStruct(shape, jnp.float32)
     for shape in ((n, 32), (n, n, 8), (n, 3, 3), (n, 3))
@@ -452,8 +456,10 @@ mean, spread = count.mean(), count.std()
 print(f'{mean:.1f} neighbours on average, from {count.min()} to {count.max()}')
 target = jnp.asarray((count - mean) / spread, jnp.float32)
 
-fit_config = sa.InvariantPointAttentionConfig(num_head=4, num_channel=1)
-fit_init, fit_apply = sa.transform_ipa(fit_config)
+fit_config = sa.alphafold2.InvariantPointAttentionConfig(
+  num_head=4, num_channel=1
+)
+fit_init, fit_apply = sa.alphafold2.transform_ipa(fit_config)
 
 
 def predict(params, protein):

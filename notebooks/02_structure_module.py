@@ -32,7 +32,7 @@ import optax
 
 import structattn_jax as sa
 from structattn_jax import data
-from structattn_jax.network import all_atom, residue_constants
+from structattn_jax.network.alphafold2 import all_atom, residue_constants
 
 # Parity with float64 means little through TF32 units.
 jax.config.update('jax_default_matmul_precision', 'highest')
@@ -64,10 +64,10 @@ print(n_res, 'residues')
 # module leaves every residue at the origin.
 
 # %%
-config = sa.StructureModuleConfig(
+config = sa.alphafold2.StructureModuleConfig(
   num_layer=4, num_channel=64, num_head=4, zero_init=False
 )
-init, apply = sa.transform_structure_module(config)
+init, apply = sa.alphafold2.transform_structure_module(config)
 key_single, key_pair, key_init = jax.random.split(jax.random.key(0), 3)
 single = jax.random.normal(key_single, (n_res, 32))
 pair = jax.random.normal(key_pair, (n_res, n_res, 16))
@@ -95,7 +95,7 @@ for name in (
 frames = output.backbone_frames
 for step in range(config.num_layer):
   radius = jnp.sqrt(jnp.mean(jnp.sum(frames.translation[step] ** 2, -1)))
-  loss = sa.backbone_loss(frames[step : step + 1], target, mask)
+  loss = sa.alphafold2.backbone_loss(frames[step : step + 1], target, mask)
   print(
     f'iteration {step + 1}: root mean square distance from the origin '
     f'{float(radius):5.1f} angstrom, FAPE {float(loss):.3f}'
@@ -244,7 +244,7 @@ for row in np.argsort(-worst)[:8]:
 
 # %%
 def fape(frames, clamp_distance=10.0):
-  return sa.backbone_loss(
+  return sa.alphafold2.backbone_loss(
     frames[None], target, mask, clamp_distance=clamp_distance
   )
 

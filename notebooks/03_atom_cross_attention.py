@@ -35,9 +35,9 @@ import optax
 
 from structattn_jax import data
 from structattn_jax.components import parameters as pm
-from structattn_jax.network import atom_cross_attention as aca
-from structattn_jax.network import atom_layout
-from structattn_jax.network import diffusion_transformer as dt
+from structattn_jax.network.alphafold3 import atom_layout
+from structattn_jax.network.alphafold3 import cached_atom_attention as aca
+from structattn_jax.network.alphafold3 import diffusion_transformer as dt
 
 # Parity with float64 means little through TF32 units.
 jax.config.update('jax_default_matmul_precision', 'highest')

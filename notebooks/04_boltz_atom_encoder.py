@@ -39,7 +39,7 @@ from structattn_jax import data
 from structattn_jax.common import numerics
 from structattn_jax.components import parameters as pm
 from structattn_jax.components import windows
-from structattn_jax.network import boltz_transformers as bt
+from structattn_jax.network.boltz import transformers as bt
 
 # Parity with float64 means little through TF32 units.
 jax.config.update('jax_default_matmul_precision', 'highest')
@@ -117,8 +117,8 @@ plt.show()
 # flat. `precompute` takes everything that does not depend on noisy positions.
 
 # %%
-config = sa.Boltz1AtomAttentionConfig(token_s=64, token_z=32)
-functions = sa.transform_boltz_atom_attention(config)
+config = sa.boltz.Boltz1AtomAttentionConfig(token_s=64, token_z=32)
+functions = sa.boltz.transform_boltz_atom_attention(config)
 rng = np.random.default_rng(0)
 params = jax.tree.map(
   lambda x: (

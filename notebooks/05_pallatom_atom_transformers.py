@@ -30,8 +30,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import structattn_jax as sa
-from structattn_jax import data, systems
-from structattn_jax.reference import pallatom_atom_transformers as oracle
+from structattn_jax import data
+from structattn_jax.reference import pallatom as oracle
+from structattn_jax.verification import systems
 
 # Parity with float64 means little through TF32 units.
 jax.config.update('jax_default_matmul_precision', 'highest')
@@ -104,7 +105,7 @@ inputs = {
 # fewer neighbours; their spare slots hold the last atom and are masked.
 
 # %%
-neighbours, valid = sa.build_sparse_pairs(tok_idx)
+neighbours, valid = sa.pallatom.build_sparse_pairs(tok_idx)
 by_definition = np.abs(tok_idx[:, None] - tok_idx) < 16
 listed = np.zeros_like(by_definition)
 listed[np.nonzero(valid)[0], neighbours[valid]] = True
@@ -118,7 +119,7 @@ print('neighbour slots:', neighbours.shape, f'used: {valid.mean():.0%}')
 # for the two residues that a block of three adds.
 
 # %%
-plan = sa.plan_neighbours(tok_idx)
+plan = sa.pallatom.plan_neighbours(tok_idx)
 print(plan.sizes)
 figure, axes = plt.subplots(1, 2, figsize=(11, 5), layout='constrained')
 axes[0].imshow(by_definition, cmap='Blues', interpolation='nearest')
@@ -155,10 +156,12 @@ plt.show()
 # is asked to.
 
 # %%
-encoder_config = sa.AtomFeatureEncoderConfig(c_atom=32, c_pair=8, c_out=64)
-decoder_config = sa.AtomAttentionDecoderConfig()
-encoder = sa.transform_atom_feature_encoder(encoder_config)
-decoder = sa.transform_atom_attention_decoder(decoder_config)
+encoder_config = sa.pallatom.AtomFeatureEncoderConfig(
+  c_atom=32, c_pair=8, c_out=64
+)
+decoder_config = sa.pallatom.AtomAttentionDecoderConfig()
+encoder = sa.pallatom.transform_atom_feature_encoder(encoder_config)
+decoder = sa.pallatom.transform_atom_attention_decoder(decoder_config)
 keys = jax.random.split(jax.random.key(0), 4)
 params = encoder.init(keys[0], **inputs, tok_idx=tok_idx)
 
@@ -306,8 +309,8 @@ SIZES = (500, 1000, 2000, 4000)
 def temporaries(n_atom, form, training):
   n_token = n_atom // 5
   tok_idx = np.repeat(np.arange(n_token, dtype=np.int32), 5)
-  encoder = sa.transform_atom_feature_encoder(
-    sa.AtomFeatureEncoderConfig(implementation=form)
+  encoder = sa.pallatom.transform_atom_feature_encoder(
+    sa.pallatom.AtomFeatureEncoderConfig(implementation=form)
   )
 
   def shape(*sizes, dtype=np.float32):

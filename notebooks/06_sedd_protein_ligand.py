@@ -33,8 +33,9 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 
-from structattn_jax import data, discrete_diffusion, generate, training
-from structattn_jax.network import sedd_dual_track
+from structattn_jax import data, discrete_diffusion, training
+from structattn_jax.apps import generate
+from structattn_jax.network.sedd import dual_track as sedd_dual_track
 
 BLUE, ORANGE, GREY = '#2f6db3', '#c4501b', '#8a8f98'
 

@@ -23,13 +23,12 @@ from structattn_jax import (
   checkpoint,
   convert,
   data,
-  demo,
   discrete_diffusion,
-  generate,
   training,
-  verify,
 )
-from structattn_jax.network import sedd_dual_track
+from structattn_jax.apps import demo, generate
+from structattn_jax.network.sedd import dual_track as sedd_dual_track
+from structattn_jax.verification import verify
 
 # Exit status for input that cannot be used, as argparse gives for bad options.
 _BAD_INPUT = 2
@@ -395,7 +394,7 @@ def _run(options: argparse.Namespace) -> int:
     print(f'... {message}', file=sys.stderr, flush=True)
 
   # Imported here: a missing extra must be one clear line, not a traceback.
-  from structattn_jax import figures
+  from structattn_jax.apps import figures
 
   path, ligand = options.file, options.ligand
   if path is None:

@@ -13,15 +13,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from structattn_jax import systems
 from structattn_jax.components import parameters as pm
-from structattn_jax.network import atom_cross_attention as aca
-from structattn_jax.network import atom_layout, boltz_encoders, boltz_parameters
-from structattn_jax.network import boltz_token_attention as boltz
-from structattn_jax.network import diffusion_transformer as dt
-from structattn_jax.network import invariant_point_attention as ipa
-from structattn_jax.network import pallatom_atom_transformers as pallatom
-from structattn_jax.network import sedd_dual_track as sedd
+from structattn_jax.network.alphafold2 import invariant_point_attention as ipa
+from structattn_jax.network.alphafold3 import atom_layout
+from structattn_jax.network.alphafold3 import cached_atom_attention as aca
+from structattn_jax.network.alphafold3 import diffusion_transformer as dt
+from structattn_jax.network.boltz import atom_attention as boltz_encoders
+from structattn_jax.network.boltz import parameters as boltz_parameters
+from structattn_jax.network.pallatom import atom_transformers as pallatom
+from structattn_jax.network.sedd import dual_track as sedd
+from structattn_jax.network.seeds import token_atom_attention as taa
+from structattn_jax.network.seeds import token_attention_pool as boltz
+from structattn_jax.verification import systems
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,14 +176,14 @@ def _atom_cross_attention_case(name: str, options: dict[str, Any]) -> Case:
   rng = np.random.default_rng(2)
   n_atom, c_atom, c_token = len(_ATOM_TO_TOKEN), 8, 10
   atom_axes = {'atoms': 0, 'atom_to_token': 0, 'atom_mask': 0}
-  output = aca.AtomCrossAttentionOutput
-  config = aca.AtomCrossAttentionConfig(
+  output = taa.TokenAtomAttentionOutput
+  config = taa.TokenAtomAttentionConfig(
     num_head=3, d_head=4, max_atoms_per_token=6, **options
   )
   return Case(
     name,
     systems.atom_cross_attention(config),
-    lambda **inputs: aca.atom_cross_attention(config, **inputs),
+    lambda **inputs: taa.token_atom_update(config, **inputs),
     {
       'atoms': _normal(rng, n_atom, c_atom),
       'tokens': _normal(rng, _N_TOKEN, c_token),

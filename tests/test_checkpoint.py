@@ -16,7 +16,7 @@ from structattn_jax import checkpoint
 from structattn_jax.checkpoint import CheckpointError
 from structattn_jax.common import base_config
 
-CONFIG = sa.InvariantPointAttentionConfig(num_head=3, num_channel=7)
+CONFIG = sa.alphafold2.InvariantPointAttentionConfig(num_head=3, num_channel=7)
 PROVENANCE = {'source_file': 'params_µ.npz', 'note': 'a\nb "c"'}
 each_suffix = pytest.mark.parametrize('suffix', checkpoint.SUFFIXES)
 
@@ -83,8 +83,8 @@ def test_equal_content_gives_equal_bytes(suffix, tmp_path):
 
 
 def test_parameters_of_haiku_survive(tmp_path):
-  init, apply = sa.transform_ipa(
-    sa.InvariantPointAttentionConfig(num_head=2, zero_init=False)
+  init, apply = sa.alphafold2.transform_ipa(
+    sa.alphafold2.InvariantPointAttentionConfig(num_head=2, zero_init=False)
   )
   arguments = (
     jnp.ones((3, 8)),
@@ -257,7 +257,7 @@ def test_config_of_another_class_is_refused(tmp_path):
   path = tmp_path / 'x.npz'
   checkpoint.save(path, tree(), CONFIG)
   with pytest.raises(CheckpointError, match='expected a AtomTransformerConfig'):
-    checkpoint.load(path, sa.AtomTransformerConfig)
+    checkpoint.load(path, sa.pallatom.AtomTransformerConfig)
 
 
 def test_nested_config_of_a_user_survives(tmp_path):

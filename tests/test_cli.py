@@ -6,7 +6,8 @@ import re
 import numpy as np
 import pytest
 
-from structattn_jax import cli, data, demo
+from structattn_jax import cli, data
+from structattn_jax.apps import demo
 
 
 @pytest.fixture(scope='module')

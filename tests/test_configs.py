@@ -60,7 +60,7 @@ STRUCTURE_SIZES = {
 PRESETS = {
   **{
     f'af2_{form}_structure_module': (
-      sa.StructureModuleConfig,
+      sa.alphafold2.StructureModuleConfig,
       {
         'parameterisation': form,
         'position_scale': scale,
@@ -71,7 +71,7 @@ PRESETS = {
     for form, scale in (('monomer', 10.0), ('multimer', 20.0))
   },
   'seed_af2_ipa': (
-    sa.InvariantPointAttentionConfig,
+    sa.alphafold2.InvariantPointAttentionConfig,
     {
       'parameterisation': 'seed',
       **IPA_SIZES,
@@ -80,23 +80,23 @@ PRESETS = {
     },
   ),
   'af2_monomer_ipa': (
-    sa.InvariantPointAttentionConfig,
+    sa.alphafold2.InvariantPointAttentionConfig,
     {'parameterisation': 'monomer', **IPA_SIZES, 'num_channel': 384},
   ),
   'af2_multimer_ipa': (
-    sa.InvariantPointAttentionConfig,
+    sa.alphafold2.InvariantPointAttentionConfig,
     {'parameterisation': 'multimer', **IPA_SIZES, 'num_channel': 384},
   ),
   'af3_diffusion_atom_cross_attention': (
-    sa.AtomCrossAttConfig,
+    sa.alphafold3.AtomCrossAttConfig,
     {'per_token_channels': 768, **AF3_ATOM_SIZES},
   ),
   'af3_trunk_atom_cross_attention': (
-    sa.AtomCrossAttConfig,
+    sa.alphafold3.AtomCrossAttConfig,
     {'per_token_channels': 384, **AF3_ATOM_SIZES},
   ),
   'af3_token_transformer': (
-    sa.TransformerConfig,
+    sa.alphafold3.TransformerConfig,
     {
       'num_blocks': 24,
       'super_block_size': 4,
@@ -105,35 +105,35 @@ PRESETS = {
     },
   ),
   'seed_af3_atom_cross_attention': (
-    sa.AtomCrossAttentionConfig,
+    sa.seeds.TokenAtomAttentionConfig,
     {'num_head': 4, 'd_head': 32, 'normalise': 'heads'},
   ),
   'seed_boltz_token_attention': (
-    sa.TokenAttentionPoolConfig,
+    sa.seeds.TokenAttentionPoolConfig,
     {'num_head': 4, 'd_head': 32},
   ),
   'boltz1_structure': (
-    sa.Boltz1AtomAttentionConfig,
+    sa.boltz.Boltz1AtomAttentionConfig,
     {**BOLTZ_SIZES, 'structure_prediction': True},
   ),
   'boltz1_input_embedder': (
-    sa.Boltz1AtomAttentionConfig,
+    sa.boltz.Boltz1AtomAttentionConfig,
     {**BOLTZ_SIZES, 'structure_prediction': False},
   ),
   'boltz2_structure': (
-    sa.Boltz2AtomAttentionConfig,
+    sa.boltz.Boltz2AtomAttentionConfig,
     {**BOLTZ_SIZES, 'structure_prediction': True, **BOLTZ2_CHOICES},
   ),
   'boltz2_input_embedder': (
-    sa.Boltz2AtomAttentionConfig,
+    sa.boltz.Boltz2AtomAttentionConfig,
     {**BOLTZ_SIZES, 'structure_prediction': False, **BOLTZ2_CHOICES},
   ),
   'pallatom_atom_transformer': (
-    sa.AtomTransformerConfig,
+    sa.pallatom.AtomTransformerConfig,
     {'num_block': 3, 'num_head': 4},
   ),
   'pallatom_atom_feature_encoder': (
-    sa.AtomFeatureEncoderConfig,
+    sa.pallatom.AtomFeatureEncoderConfig,
     {
       'c_atom': 128,
       'c_pair': 16,
@@ -144,11 +144,11 @@ PRESETS = {
     },
   ),
   'pallatom_atom_attention_decoder': (
-    sa.AtomAttentionDecoderConfig,
+    sa.pallatom.AtomAttentionDecoderConfig,
     {'num_block': 3, 'num_head': 4, 'window_size': 32},
   ),
   'sedd_dual_track': (
-    sa.DualTrackConfig,
+    sa.sedd.DualTrackConfig,
     {
       'hidden_size': 768,
       'num_head': 12,
@@ -162,7 +162,7 @@ PRESETS = {
     },
   ),
   'sedd_v100_protein': (
-    sa.SeddConfig,
+    sa.sedd.SeddConfig,
     {
       'hidden_size': 768,
       'num_head': 12,
@@ -174,7 +174,7 @@ PRESETS = {
     },
   ),
   'sedd_small': (
-    sa.SeddConfig,
+    sa.sedd.SeddConfig,
     {
       'hidden_size': 768,
       'num_head': 12,
@@ -186,7 +186,7 @@ PRESETS = {
     },
   ),
   'sedd_medium': (
-    sa.SeddConfig,
+    sa.sedd.SeddConfig,
     {
       'hidden_size': 1024,
       'num_head': 16,
@@ -253,7 +253,7 @@ def test_preset_loads_and_differs_from_defaults_only_where_it_says(name):
 
 
 def test_seed_preset_of_ipa_equals_the_seed_constructor():
-  cls = sa.InvariantPointAttentionConfig
+  cls = sa.alphafold2.InvariantPointAttentionConfig
   assert cls.from_toml(CONFIGS / 'seed_af2_ipa.toml') == cls.seed()
 
 

@@ -22,6 +22,17 @@ SOURCES = {
 }
 
 
+NAMESPACES = (
+  structattn_jax,
+  structattn_jax.alphafold2,
+  structattn_jax.alphafold3,
+  structattn_jax.boltz,
+  structattn_jax.pallatom,
+  structattn_jax.sedd,
+  structattn_jax.seeds,
+)
+
+
 def imports(source: str) -> set[str]:
   """Full names of all that a module imports, anywhere in it.
 
@@ -50,22 +61,25 @@ def modules() -> list[str]:
   return ['structattn_jax', *names]
 
 
-def test_all_is_sorted_and_exists():
-  names = structattn_jax.__all__
+@pytest.mark.parametrize('package', NAMESPACES)
+def test_all_is_sorted_and_exists(package):
+  names = package.__all__
   assert names == sorted(set(names))
   for name in names:
-    assert getattr(structattn_jax, name) is not None
+    assert getattr(package, name) is not None
 
 
-def test_all_names_exactly_what_is_imported():
+@pytest.mark.parametrize('package', NAMESPACES)
+def test_all_names_exactly_what_is_imported(package):
+  source = '/'.join([*package.__name__.split('.')[1:], '__init__.py'])
   imported = {
     alias.asname or alias.name
-    for node in ast.walk(SOURCES['__init__.py'])
+    for node in ast.walk(SOURCES[source])
     if isinstance(node, ast.ImportFrom)
     and within(node.module or '', 'structattn_jax')
     for alias in node.names
   }
-  assert imported == set(structattn_jax.__all__)
+  assert imported == set(package.__all__)
 
 
 def test_unknown_attribute_raises():
@@ -73,9 +87,12 @@ def test_unknown_attribute_raises():
     structattn_jax.no_such_name  # noqa: B018
 
 
-@pytest.mark.parametrize('name', structattn_jax.__all__)
-def test_public_name_has_its_own_docstring(name):
-  value = getattr(structattn_jax, name)
+@pytest.mark.parametrize(
+  ('package', 'name'),
+  [(package, name) for package in NAMESPACES for name in package.__all__],
+)
+def test_public_name_has_its_own_docstring(package, name):
+  value = getattr(package, name)
   assert inspect.ismodule(value) or callable(value)
   # Not inherited, and not the signature that `dataclass` writes.
   doc = vars(value).get('__doc__') if inspect.isclass(value) else value.__doc__
@@ -97,7 +114,7 @@ def test_import_leaves_optional_packages_alone():
     cwd=PACKAGE.parent,
   )
   loaded = set(result.stdout.split())
-  assert 'structattn_jax.network.sedd_dual_track' in loaded
+  assert 'structattn_jax.network.sedd.dual_track' in loaded
   optional = ('biotite', 'rdkit', 'matplotlib', 'torch', 'safetensors')
   lazy = ('structattn_jax.data', 'structattn_jax.reference')
   assert not loaded & {*optional, *lazy}
@@ -132,9 +149,10 @@ def test_docstring_examples_of_all_modules_run():
 
 
 def test_docstring_examples_cover_every_transform():
-  for name in structattn_jax.__all__:
-    if name.startswith('transform_'):
-      assert '>>> ' in getattr(structattn_jax, name).__doc__, name
+  for package in NAMESPACES:
+    for name in package.__all__:
+      if name.startswith('transform_'):
+        assert '>>> ' in getattr(package, name).__doc__, name
 
 
 def test_library_does_not_print():
@@ -165,26 +183,57 @@ def test_reference_imports_only_numpy_and_itself():
   assert foreign <= {'structattn_jax'}
 
 
-@pytest.mark.parametrize(
-  ('package', 'forbidden'),
-  [
-    ('network/', ('data', 'convert', 'reference', 'systems', 'testing')),
-    ('components/', ('data', 'convert', 'reference', 'network', 'systems')),
-    ('common/', ('data', 'convert', 'components', 'network', 'systems')),
-    ('geometry/', ('data', 'convert', 'components', 'network', 'systems')),
-  ],
+# From the bottom up; what shares a line may import each other.
+LAYERS = (
+  ('common', 'geometry'),
+  ('components',),
+  ('network',),
+  ('diffusion', 'discrete_diffusion'),
+  ('checkpoint', 'testing'),
+  ('convert', 'data', 'reference'),
+  ('benchmark', 'training', 'verification'),
+  ('apps',),
+  ('cli',),
 )
-def test_lower_layers_do_not_import_upper_ones(package, forbidden):
-  sources = [name for name in SOURCES if name.startswith(package)]
-  assert len(sources) > 1
-  found = {
-    f'{source} imports {name}'
-    for source in sources
-    for name in imports(source)
-    for layer in forbidden
-    if within(name, f'structattn_jax.{layer}')
-  }
+SYSTEMS = ('alphafold2', 'alphafold3', 'boltz', 'pallatom', 'sedd', 'seeds')
+
+
+def layer_of(name: str) -> int:
+  return next(i for i, layer in enumerate(LAYERS) if name in layer)
+
+
+def test_layers_are_all_there_is():
+  found = {name.split('/')[0].removesuffix('.py') for name in SOURCES}
+  named = {name for layer in LAYERS for name in layer}
+  assert found - {'__init__'} <= named
+
+
+def test_lower_layers_do_not_import_upper_ones():
+  found = []
+  for source in SOURCES:
+    own = source.split('/')[0].removesuffix('.py')
+    for name in imports(source):
+      parts = name.split('.')
+      if own == '__init__' or parts[0] != 'structattn_jax' or len(parts) == 1:
+        continue
+      # `from structattn_jax import __version__` names no layer.
+      if not parts[1].startswith('__') and layer_of(parts[1]) > layer_of(own):
+        found.append(f'{source} imports {name}')
   assert not found
+
+
+def test_no_system_imports_another():
+  found = [
+    f'{source} imports {name}'
+    for source in SOURCES
+    for system in SYSTEMS
+    if source.startswith(f'network/{system}/')
+    for name in imports(source)
+    for other in SYSTEMS
+    if other != system and within(name, f'structattn_jax.network.{other}')
+  ]
+  assert not found
+  assert all(f'network/{system}/__init__.py' in SOURCES for system in SYSTEMS)
 
 
 def test_package_is_marked_as_typed():

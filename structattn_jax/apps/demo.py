@@ -16,12 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from structattn_jax import data, systems, testing
-from structattn_jax.network import atom_cross_attention as aca
-from structattn_jax.network import boltz_token_attention as boltz
-from structattn_jax.network import invariant_point_attention as ipa
-from structattn_jax.network import pallatom_atom_transformers as pallatom
-from structattn_jax.network import sedd_dual_track as sedd
+from structattn_jax import data, testing
+from structattn_jax.network.alphafold2 import invariant_point_attention as ipa
+from structattn_jax.network.pallatom import atom_transformers as pallatom
+from structattn_jax.network.sedd import dual_track as sedd
+from structattn_jax.network.seeds import token_atom_attention as taa
+from structattn_jax.network.seeds import token_attention_pool as boltz
+from structattn_jax.verification import systems
 
 # Larger complexes are cut to this many tokens, so that any file runs within
 # minutes on two cores; the oracles are loops.
@@ -326,10 +327,10 @@ def _cross_attention_experiment(
 ) -> Experiment:
   atoms, tokens = features.atoms, features.tokens
   atom_axes = {'atoms': 0, 'atom_to_token': 0, 'atom_mask': 0}
-  output_axes = aca.AtomCrossAttentionOutput(atoms=_ROWS, tokens=_WHOLE)
+  output_axes = taa.TokenAtomAttentionOutput(atoms=_ROWS, tokens=_WHOLE)
   return Experiment(
     systems.atom_cross_attention(
-      aca.AtomCrossAttentionConfig(
+      taa.TokenAtomAttentionConfig(
         max_atoms_per_token=_max_atoms_per_token(features)
       )
     ),

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import haiku as hk
 import numpy as np
 
-from structattn_jax import data, demo
-from structattn_jax.network import atom_cross_attention as aca
+from structattn_jax import data
+from structattn_jax.apps import demo
+from structattn_jax.network.seeds import token_atom_attention as taa
 
 if TYPE_CHECKING:
   from matplotlib import axes as mpl_axes
@@ -116,10 +117,10 @@ def cross_attention(
   """Atom -> token weights: around the ligand, and over the whole complex."""
   experiment = chosen['af3_atom_cross_attention']
   params = demo.init_params(experiment, seed)
-  config = aca.AtomCrossAttentionConfig()
+  config = taa.TokenAtomAttentionConfig()
   attend = hk.without_apply_rng(
     hk.transform(
-      lambda **inputs: aca.AtomToTokenAttention(config).attend(**inputs)
+      lambda **inputs: taa.AtomToTokenAttention(config).attend(**inputs)
     )
   )
   weights, _ = attend.apply(params, **experiment.inputs)

@@ -22,7 +22,7 @@ import numpy as np
 
 from structattn_jax import checkpoint, data, discrete_diffusion, training
 from structattn_jax.data import sample_metrics
-from structattn_jax.network import sedd_dual_track
+from structattn_jax.network.sedd import dual_track as sedd_dual_track
 from structattn_jax.training import checkpoints, loop, objective, state
 
 # Written in a sequence or SMILES for a position that is to be filled in.

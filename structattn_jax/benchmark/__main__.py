@@ -4,16 +4,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from structattn_jax.benchmark import (
-  atom_cross_attention,
-  boltz,
-  harness,
-  ipa,
-  pallatom,
-  sedd,
-  segment,
-  structure_module,
-)
+from structattn_jax.benchmark import alphafold3 as atom_cross_attention
+from structattn_jax.benchmark import boltz, harness, segment
+from structattn_jax.benchmark.alphafold2 import invariant_point_attention as ipa
+from structattn_jax.benchmark.alphafold2 import structure_module
+from structattn_jax.benchmark.pallatom import atom_transformers as pallatom
+from structattn_jax.benchmark.sedd import dual_track as sedd
 
 SECTIONS = {
   'segment': segment,

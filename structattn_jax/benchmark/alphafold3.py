@@ -29,8 +29,8 @@ import numpy as np
 
 from structattn_jax.benchmark import harness
 from structattn_jax.components import parameters as pm
-from structattn_jax.network import atom_cross_attention as aca
-from structattn_jax.network import atom_layout
+from structattn_jax.network.alphafold3 import atom_layout
+from structattn_jax.network.alphafold3 import cached_atom_attention as aca
 
 Mode = Literal[
   'forward', 'cached step', '5 samples', 'forward+backward', 'growth'

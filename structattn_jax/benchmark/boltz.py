@@ -33,9 +33,9 @@ import numpy as np
 
 from structattn_jax.benchmark import harness
 from structattn_jax.components import parameters as pm
-from structattn_jax.network import boltz_encoders as be
-from structattn_jax.network import boltz_parameters as bp
-from structattn_jax.network import boltz_transformers as bt
+from structattn_jax.network.boltz import atom_attention as be
+from structattn_jax.network.boltz import parameters as bp
+from structattn_jax.network.boltz import transformers as bt
 
 Mode = Literal[
   'forward',

@@ -21,8 +21,8 @@ import numpy as np
 
 from structattn_jax import checkpoint
 from structattn_jax.checkpoint import CheckpointError
-from structattn_jax.network import invariant_point_attention as ipa
-from structattn_jax.network import structure_module
+from structattn_jax.network.alphafold2 import invariant_point_attention as ipa
+from structattn_jax.network.alphafold2 import structure_module
 
 STRUCTURE_MODULE_SCOPE = 'alphafold/alphafold_iteration/structure_module'
 IPA_SCOPE = f'{STRUCTURE_MODULE_SCOPE}/fold_iteration/invariant_point_attention'

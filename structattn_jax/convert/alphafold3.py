@@ -23,8 +23,8 @@ import numpy as np
 from structattn_jax import checkpoint
 from structattn_jax.checkpoint import CheckpointError
 from structattn_jax.convert import record_file
-from structattn_jax.network import atom_cross_attention as aca
-from structattn_jax.network import diffusion_transformer as dt
+from structattn_jax.network.alphafold3 import cached_atom_attention as aca
+from structattn_jax.network.alphafold3 import diffusion_transformer as dt
 
 Copy = Literal['diffusion', 'evoformer_conditioning']
 

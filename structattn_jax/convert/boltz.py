@@ -32,7 +32,8 @@ from structattn_jax.common import base_config
 from structattn_jax.convert import boltz_names as names
 from structattn_jax.convert import state_dicts
 from structattn_jax.convert.state_dicts import Loaded, State, Table, Weights
-from structattn_jax.network import boltz_conditioning, boltz_encoders
+from structattn_jax.network.boltz import atom_attention as boltz_encoders
+from structattn_jax.network.boltz import conditioning as boltz_conditioning
 
 _SCORE = 'structure_module.score_model.'
 _CONDITIONING = 'diffusion_conditioning.'

@@ -18,7 +18,7 @@ from structattn_jax import checkpoint
 from structattn_jax.checkpoint import CheckpointError
 from structattn_jax.convert import state_dicts
 from structattn_jax.convert.state_dicts import Loaded, State, Table, Weights
-from structattn_jax.network import pallatom_atom_transformers as network
+from structattn_jax.network.pallatom import atom_transformers as network
 
 ENCODER = 'atom_encoder.'
 DECODERS = 'atom_decoders.'

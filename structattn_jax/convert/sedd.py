@@ -30,7 +30,7 @@ from structattn_jax import checkpoint
 from structattn_jax.checkpoint import CheckpointError
 from structattn_jax.convert import state_dicts
 from structattn_jax.convert.state_dicts import Table, Weights
-from structattn_jax.network import sedd_dual_track
+from structattn_jax.network.sedd import dual_track as sedd_dual_track
 
 # Upstream has them and never uses them: a norm, and a second projection around
 # attention that the repaired network does not have.

@@ -43,7 +43,7 @@ from structattn_jax.data import (
   structures,
 )
 from structattn_jax.data.feature_types import ComplexFeatures
-from structattn_jax.network import atom_layout
+from structattn_jax.network.alphafold3 import atom_layout
 
 _N_NAME_CHARS = 4
 # Angstrom; glycosidic bonds are shorter, contacts longer.

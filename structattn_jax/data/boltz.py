@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from structattn_jax.data.feature_types import ComplexFeatures
-from structattn_jax.network.boltz_features import BoltzAtomFeatures
+from structattn_jax.network.boltz.features import BoltzAtomFeatures
 
 _NUM_ELEMENTS = 128
 

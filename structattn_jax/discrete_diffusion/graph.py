@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from structattn_jax.common import numerics
-from structattn_jax.network import sedd_dual_track
+from structattn_jax.network.sedd import dual_track as sedd_dual_track
 
 GraphKind = Literal['absorbing', 'uniform']
 

@@ -26,7 +26,7 @@ import numpy as np
 from structattn_jax.common import numerics
 from structattn_jax.discrete_diffusion import graph as graph_lib
 from structattn_jax.discrete_diffusion import noise as noise_lib
-from structattn_jax.network import sedd_dual_track as network
+from structattn_jax.network.sedd import dual_track as network
 
 Reduction = Literal['tokens', 'positions', 'sequences']
 

@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 
 from structattn_jax.common import numerics
-from structattn_jax.network import sedd_dual_track as network
+from structattn_jax.network.sedd import dual_track as network
 
 # Columns of the output are padded to multiples of this.
 BLOCK = 64

@@ -35,8 +35,8 @@ import numpy as np
 from structattn_jax.common import base_config, checks, numerics
 from structattn_jax.discrete_diffusion import graph as graph_lib
 from structattn_jax.discrete_diffusion import noise as noise_lib
-from structattn_jax.kernels import sedd_dual_track as kernel
-from structattn_jax.network import sedd_dual_track as network_lib
+from structattn_jax.discrete_diffusion import prepared_network as kernel
+from structattn_jax.network.sedd import dual_track as network_lib
 
 Predictor = Literal['analytic', 'euler']
 Tokens = Mapping[str, jax.Array]

@@ -1,1 +1,4 @@
-"""The attention systems, one algorithm per file, next to its paper."""
+"""The mathematics: one folder per system, one algorithm per file.
+
+No system imports another; what two share is in `structattn_jax.components`.
+"""

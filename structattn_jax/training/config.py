@@ -4,7 +4,7 @@ import dataclasses
 from typing import Literal
 
 from structattn_jax.common import base_config
-from structattn_jax.network import sedd_dual_track
+from structattn_jax.network.sedd import dual_track as sedd_dual_track
 
 # The name of the set that comes with the package.
 BUNDLED = 'bundled'

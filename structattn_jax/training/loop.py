@@ -30,7 +30,7 @@ import jax
 import numpy as np
 
 from structattn_jax import checkpoint, data
-from structattn_jax.network import sedd_dual_track
+from structattn_jax.network.sedd import dual_track as sedd_dual_track
 from structattn_jax.training import checkpoints as checkpoints_lib
 from structattn_jax.training import config as config_lib
 from structattn_jax.training import metrics as metrics_lib

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from structattn_jax import data, discrete_diffusion
-from structattn_jax.network import sedd_dual_track
+from structattn_jax.network.sedd import dual_track as sedd_dual_track
 from structattn_jax.training import config as config_lib
 from structattn_jax.training import step as step_lib
 

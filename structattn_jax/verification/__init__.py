@@ -7,16 +7,12 @@ import contextlib
 
 import jax
 
-from structattn_jax.replay import (
-  af2_geometry,
-  af2_ipa,
-  af3_atom_cross_attention,
-  boltz_atom_encoder,
-  pallatom,
-  sedd,
-  seeds,
-)
-from structattn_jax.replay.golden import (
+from structattn_jax.verification import alphafold2 as af2_ipa
+from structattn_jax.verification import alphafold2_geometry as af2_geometry
+from structattn_jax.verification import alphafold3 as af3_atom_cross_attention
+from structattn_jax.verification import boltz as boltz_atom_encoder
+from structattn_jax.verification import pallatom, sedd, seeds
+from structattn_jax.verification.golden import (
   Golden,
   GoldenError,
   NotAGoldenError,

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from structattn_jax.common import base_config
-from structattn_jax.network import invariant_point_attention as ipa
-from structattn_jax.network import structure_module
-from structattn_jax.replay import golden as golden_lib
-from structattn_jax.replay.golden import Comparison, Golden
+from structattn_jax.network.alphafold2 import invariant_point_attention as ipa
+from structattn_jax.network.alphafold2 import structure_module
+from structattn_jax.verification import golden as golden_lib
+from structattn_jax.verification.golden import Comparison, Golden
 
 # Arguments that have gradients, under upstream's names.
 _ARGUMENTS = ('inputs_1d', 'inputs_2d', 'rotation', 'translation')

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from structattn_jax import geometry
-from structattn_jax.network import all_atom, fape, residue_constants
-from structattn_jax.replay import golden as golden_lib
-from structattn_jax.replay.golden import Comparison, Golden
+from structattn_jax.network.alphafold2 import all_atom, fape, residue_constants
+from structattn_jax.verification import golden as golden_lib
+from structattn_jax.verification.golden import Comparison, Golden
 
 _QUATERNIONS = ('rot_to_quat', 'pre_compose_tensor')
 

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from structattn_jax.components import parameters as pm
-from structattn_jax.network import atom_cross_attention as aca
-from structattn_jax.network import atom_layout
-from structattn_jax.network import diffusion_transformer as dt
-from structattn_jax.replay import golden as golden_lib
-from structattn_jax.replay.golden import Comparison, Golden
+from structattn_jax.network.alphafold3 import atom_layout
+from structattn_jax.network.alphafold3 import cached_atom_attention as aca
+from structattn_jax.network.alphafold3 import diffusion_transformer as dt
+from structattn_jax.verification import golden as golden_lib
+from structattn_jax.verification.golden import Comparison, Golden
 
 _ARGUMENTS = ('token_atoms_act', 'trunk_single_cond', 'trunk_pair_cond')
 _TOKEN_ACT = 'decoder_token_act'

@@ -18,7 +18,7 @@ import numpy as np
 
 from structattn_jax import checkpoint
 from structattn_jax.convert import record_file
-from structattn_jax.replay.golden import GoldenError, NotAGoldenError, Row
+from structattn_jax.verification.golden import GoldenError, NotAGoldenError, Row
 
 _LIST = 'records.json'
 

@@ -10,11 +10,11 @@ import numpy as np
 
 from structattn_jax.components import parameters as pm
 from structattn_jax.components import windows
-from structattn_jax.network import boltz_conditioning as conditioning
-from structattn_jax.network import boltz_encoders as boltz
-from structattn_jax.network import boltz_parameters
-from structattn_jax.network import boltz_transformers as bt
-from structattn_jax.replay.golden import Comparison, Golden
+from structattn_jax.network.boltz import atom_attention as boltz
+from structattn_jax.network.boltz import conditioning
+from structattn_jax.network.boltz import parameters as boltz_parameters
+from structattn_jax.network.boltz import transformers as bt
+from structattn_jax.verification.golden import Comparison, Golden
 
 # Modules that our parameters start with; a checkpoint has a prefix before them.
 _ROOTS = re.compile(

@@ -9,11 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from structattn_jax import systems
-from structattn_jax.network import pallatom_atom_transformers as pallatom
-from structattn_jax.replay import golden as golden_lib
-from structattn_jax.replay import torch_names
-from structattn_jax.replay.golden import Comparison, Golden
+from structattn_jax.network.pallatom import atom_transformers as pallatom
+from structattn_jax.verification import golden as golden_lib
+from structattn_jax.verification import systems, torch_names
+from structattn_jax.verification.golden import Comparison, Golden
 
 _SCOPE = 'atom_transformer'
 _ENCODER, _DECODER = 'atom_feature_encoder', 'atom_attention_decoder'

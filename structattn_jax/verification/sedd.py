@@ -14,9 +14,9 @@ import optax
 from structattn_jax.discrete_diffusion import graph as graph_lib
 from structattn_jax.discrete_diffusion import losses, sampling
 from structattn_jax.discrete_diffusion import noise as noise_lib
-from structattn_jax.network import sedd_dual_track as sedd
-from structattn_jax.replay import torch_names
-from structattn_jax.replay.golden import Comparison, Golden, GoldenError
+from structattn_jax.network.sedd import dual_track as sedd
+from structattn_jax.verification import torch_names
+from structattn_jax.verification.golden import Comparison, Golden, GoldenError
 
 _BLOCKS = {
   'block/plain': (),

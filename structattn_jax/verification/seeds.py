@@ -5,10 +5,12 @@ from collections.abc import Iterator
 import jax
 
 from structattn_jax.components import segment
-from structattn_jax.network import atom_cross_attention as aca
-from structattn_jax.network import boltz_token_attention
-from structattn_jax.replay import golden as golden_lib
-from structattn_jax.replay.golden import Comparison, Golden
+from structattn_jax.network.seeds import token_atom_attention as taa
+from structattn_jax.network.seeds import (
+  token_attention_pool as boltz_token_attention,
+)
+from structattn_jax.verification import golden as golden_lib
+from structattn_jax.verification.golden import Comparison, Golden
 
 
 def token_atom_attention(golden: Golden) -> Iterator[Comparison]:
@@ -17,12 +19,12 @@ def token_atom_attention(golden: Golden) -> Iterator[Comparison]:
   params = golden_lib.haiku_params(golden.part('params'))
   num_head, d_head = params['to_atoms']['W_q'].shape[1:]
   tokens, ids = inputs['s'], inputs['atom_to_token']
-  config = aca.AtomCrossAttentionConfig(
+  config = taa.TokenAtomAttentionConfig(
     num_head=num_head,
     d_head=d_head,
     max_atoms_per_token=segment.max_segment_size(ids, len(tokens)),
   )
-  apply = jax.jit(aca.transform_atom_cross_attention(config).apply)
+  apply = jax.jit(taa.transform_token_atom_attention(config).apply)
   found = apply(params, inputs['q'], tokens, ids)
   yield golden.value('to_atoms', found.atoms)
   yield golden.value('to_tokens', found.tokens)

@@ -18,22 +18,23 @@ import jax.numpy as jnp
 import numpy as np
 
 from structattn_jax.components import parameters as pm
-from structattn_jax.network import atom_cross_attention as aca
-from structattn_jax.network import (
-  atom_layout,
-  boltz_encoders,
-  boltz_token_attention,
-  sedd_dual_track,
+from structattn_jax.network.alphafold2 import invariant_point_attention as ipa
+from structattn_jax.network.alphafold3 import atom_layout
+from structattn_jax.network.alphafold3 import cached_atom_attention as aca
+from structattn_jax.network.boltz import atom_attention as boltz_encoders
+from structattn_jax.network.pallatom import atom_transformers as pallatom
+from structattn_jax.network.sedd import dual_track as sedd_dual_track
+from structattn_jax.network.seeds import token_atom_attention as taa
+from structattn_jax.network.seeds import (
+  token_attention_pool as boltz_token_attention,
 )
-from structattn_jax.network import invariant_point_attention as ipa
-from structattn_jax.network import pallatom_atom_transformers as pallatom
-from structattn_jax.reference import atom_cross_attention as aca_reference
-from structattn_jax.reference import boltz_encoders as boltz_reference
-from structattn_jax.reference import invariant_point_attention as ipa_reference
-from structattn_jax.reference import (
-  pallatom_atom_transformers as pallatom_reference,
+from structattn_jax.reference import alphafold3 as aca_reference
+from structattn_jax.reference import boltz as boltz_reference
+from structattn_jax.reference import pallatom as pallatom_reference
+from structattn_jax.reference import sedd as sedd_reference
+from structattn_jax.reference.alphafold2 import (
+  invariant_point_attention as ipa_reference,
 )
-from structattn_jax.reference import sedd_dual_track as sedd_reference
 
 Inputs = Mapping[str, Any]
 
@@ -106,10 +107,12 @@ def invariant_point_attention(
   )
 
 
-def atom_cross_attention(config: aca.AtomCrossAttentionConfig) -> System:
+def atom_cross_attention(
+  config: taa.TokenAtomAttentionConfig,
+) -> System:
   """AF3's token <-> atom attention in the seed's form."""
 
-  def oracle(params: hk.Params, inputs: Inputs) -> aca.AtomCrossAttentionOutput:
+  def oracle(params: hk.Params, inputs: Inputs) -> taa.TokenAtomAttentionOutput:
     values = float64(inputs)
     arguments = (values['atoms'], values['tokens'], values['atom_to_token'])
     mask = values.get('atom_mask')
@@ -130,13 +133,13 @@ def atom_cross_attention(config: aca.AtomCrossAttentionConfig) -> System:
     tokens: Any = aca_reference.atom_to_token(
       *arguments, **weights('to_tokens'), atom_mask=mask
     )
-    return aca.AtomCrossAttentionOutput(atoms=atoms, tokens=tokens)
+    return taa.TokenAtomAttentionOutput(atoms=atoms, tokens=tokens)
 
   return System(
     'af3_atom_cross_attention',
     'AlphaFold 3 token-atom cross attention',
     'Abramson et al. 2024, Suppl. Algs. 5-6, simplified (seed 000)',
-    aca.transform_atom_cross_attention(config),
+    taa.transform_token_atom_attention(config),
     oracle,
     {
       'atoms': 'n_atom c_atom',

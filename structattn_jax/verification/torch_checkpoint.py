@@ -21,9 +21,9 @@ import numpy as np
 
 from structattn_jax import checkpoint, convert
 from structattn_jax.convert import state_dicts, torch_file
-from structattn_jax.network import sedd_dual_track
-from structattn_jax.replay import golden as golden_lib
-from structattn_jax.replay.golden import (
+from structattn_jax.network.sedd import dual_track as sedd_dual_track
+from structattn_jax.verification import golden as golden_lib
+from structattn_jax.verification.golden import (
   Comparison,
   Golden,
   GoldenError,

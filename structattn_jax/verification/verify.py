@@ -14,9 +14,10 @@ import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from structattn_jax import replay
+from structattn_jax import verification as replay
 from structattn_jax.checkpoint import CheckpointError
-from structattn_jax.replay import Row, af3_checkpoint, torch_checkpoint
+from structattn_jax.verification import Row, torch_checkpoint
+from structattn_jax.verification import alphafold3_checkpoint as af3_checkpoint
 
 Path = str | os.PathLike[str]
 

@@ -11,9 +11,10 @@ import pytest
 
 pytest.importorskip('orbax.checkpoint')
 
-from structattn_jax import checkpoint, cli, data, generate, training
+from structattn_jax import checkpoint, cli, data, training
+from structattn_jax.apps import generate
 from structattn_jax.data import sample_metrics
-from structattn_jax.network import sedd_dual_track
+from structattn_jax.network.sedd import dual_track as sedd_dual_track
 
 STEPS = ('--steps', '3', '--num', '2')
 

@@ -8,12 +8,9 @@ import numpy as np
 import pytest
 
 from structattn_jax.benchmark import __main__ as command
-from structattn_jax.benchmark import (
-  atom_cross_attention,
-  harness,
-  segment,
-  structure_module,
-)
+from structattn_jax.benchmark import alphafold3 as atom_cross_attention
+from structattn_jax.benchmark import harness, segment
+from structattn_jax.benchmark.alphafold2 import structure_module
 
 
 def double(x):

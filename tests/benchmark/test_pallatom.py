@@ -4,7 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from structattn_jax.benchmark import harness, pallatom
+from structattn_jax.benchmark import harness
+from structattn_jax.benchmark.pallatom import atom_transformers as pallatom
 
 CASE = pallatom.Case(40, 5, 2)
 

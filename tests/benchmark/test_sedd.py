@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from structattn_jax.benchmark import harness, sedd
+from structattn_jax.benchmark import harness
+from structattn_jax.benchmark.sedd import dual_track as sedd
 
 CASE = sedd.Case(2, 6, 5, 64, 1, 3)
 

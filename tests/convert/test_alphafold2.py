@@ -13,7 +13,7 @@ import pytest
 import structattn_jax as sa
 from structattn_jax import convert
 from structattn_jax.convert import alphafold2
-from structattn_jax.network import structure_module
+from structattn_jax.network.alphafold2 import structure_module
 
 GOLDENS = pathlib.Path(__file__).parents[1] / 'goldens/af2_ipa'
 VARIANTS = ('monomer', 'multimer')
@@ -109,7 +109,7 @@ def test_ipa_parameters_are_those_of_our_module(variant):
   config, params = convert.load_ipa(sample(variant))
   assert config.parameterisation == variant
   assert config.num_channel == 24
-  init, apply = sa.transform_ipa(config)
+  init, apply = sa.alphafold2.transform_ipa(config)
   arguments = (
     jnp.ones((4, 24)),
     jnp.ones((4, 4, 14)),

@@ -15,12 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from structattn_jax import checkpoint, cli, convert, verify
+from structattn_jax import checkpoint, cli, convert
 from structattn_jax.components import parameters as pm
 from structattn_jax.convert import alphafold3, record_file
 from structattn_jax.convert.record_file import Record
-from structattn_jax.network import atom_cross_attention as aca
-from structattn_jax.network import diffusion_transformer as dt
+from structattn_jax.network.alphafold3 import cached_atom_attention as aca
+from structattn_jax.network.alphafold3 import diffusion_transformer as dt
+from structattn_jax.verification import verify
 
 GOLDENS = pathlib.Path(__file__).parents[1] / 'goldens/af3_atom_cross_attention'
 CHECKPOINT = GOLDENS / 'checkpoint'

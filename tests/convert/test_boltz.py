@@ -12,11 +12,9 @@ import torch_archive
 
 from structattn_jax import checkpoint, convert
 from structattn_jax.convert import boltz, state_dicts, torch_file
-from structattn_jax.network import (
-  boltz_conditioning,
-  boltz_encoders,
-  boltz_parameters,
-)
+from structattn_jax.network.boltz import atom_attention as boltz_encoders
+from structattn_jax.network.boltz import conditioning as boltz_conditioning
+from structattn_jax.network.boltz import parameters as boltz_parameters
 
 FOLDER = pathlib.Path(__file__).parents[1] / 'goldens/boltz_atom_encoder'
 BOLTZ1 = FOLDER / 'boltz1_sample.ckpt'

@@ -10,7 +10,7 @@ import torch_archive
 
 from structattn_jax import checkpoint, convert
 from structattn_jax.convert import torch_file
-from structattn_jax.network import pallatom_atom_transformers as network
+from structattn_jax.network.pallatom import atom_transformers as network
 
 GOLDENS = pathlib.Path(__file__).parents[1] / 'goldens'
 FOLDER = GOLDENS / 'pallatom_atom_transformers'

@@ -15,7 +15,7 @@ import torch_archive
 import structattn_jax as sa
 from structattn_jax import checkpoint, convert
 from structattn_jax.convert import sedd, state_dicts, torch_file
-from structattn_jax.network import sedd_dual_track as network
+from structattn_jax.network.sedd import dual_track as network
 
 GOLDENS = pathlib.Path(__file__).parents[1] / 'goldens/sedd_protein_ligand'
 FOLDER = GOLDENS / 'checkpoints'

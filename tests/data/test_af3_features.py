@@ -12,7 +12,7 @@ import pytest
 
 from structattn_jax import data
 from structattn_jax.data import chemical_components, structures
-from structattn_jax.network import atom_layout
+from structattn_jax.network.alphafold3 import atom_layout
 
 GOLDENS = pathlib.Path(__file__).parents[1] / 'goldens/af3_atom_cross_attention'
 FIXED = {'seed': 0, 'conformer': 'ideal', 'augment': False}

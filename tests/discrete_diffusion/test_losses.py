@@ -9,7 +9,7 @@ import pytest
 
 from structattn_jax import discrete_diffusion as dd
 from structattn_jax.discrete_diffusion import losses
-from structattn_jax.network import sedd_dual_track as network
+from structattn_jax.network.sedd import dual_track as network
 from structattn_jax.reference import discrete_diffusion as reference
 
 KINDS = ('absorbing', 'uniform')

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from structattn_jax import discrete_diffusion as dd
+from structattn_jax.discrete_diffusion import prepared_network as kernel
 from structattn_jax.discrete_diffusion import sampling
-from structattn_jax.kernels import sedd_dual_track as kernel
-from structattn_jax.network import sedd_dual_track as network
+from structattn_jax.network.sedd import dual_track as network
 
 PROTEIN_VOCAB, LIGAND_VOCAB = 9, 80
 CONFIG = network.DualTrackConfig(

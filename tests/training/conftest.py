@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from structattn_jax import training
-from structattn_jax.network import sedd_dual_track
+from structattn_jax.network.sedd import dual_track as sedd_dual_track
 
 ROWS = (
   ('MKT', 'CCO'),

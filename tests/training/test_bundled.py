@@ -9,7 +9,8 @@ import pytest
 
 pytest.importorskip('orbax.checkpoint')
 
-from structattn_jax import data, discrete_diffusion, generate, training
+from structattn_jax import data, discrete_diffusion, training
+from structattn_jax.apps import generate
 
 CONFIG = (
   pathlib.Path(__file__).parents[2] / 'configs/sedd_protein_ligand_small.toml'

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip('orbax.checkpoint')
 
 from structattn_jax import checkpoint, data, training
-from structattn_jax.network import sedd_dual_track
+from structattn_jax.network.sedd import dual_track as sedd_dual_track
 
 
 class CrashError(Exception):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from structattn_jax import data, discrete_diffusion, training
-from structattn_jax.network import sedd_dual_track
+from structattn_jax.network.sedd import dual_track as sedd_dual_track
 from structattn_jax.training import objective
 
 BATCH = data.PairBatch(

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch_archive
 
-from structattn_jax import convert, verify
-from structattn_jax.replay import torch_checkpoint
+from structattn_jax import convert
+from structattn_jax.verification import torch_checkpoint, verify
 
 GOLDENS = pathlib.Path(__file__).parents[1] / 'goldens'
 BOLTZ = GOLDENS / 'boltz_atom_encoder'

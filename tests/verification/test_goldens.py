@@ -16,15 +16,13 @@ import numpy as np
 import pytest
 
 import structattn_jax as sa
-from structattn_jax import systems
 from structattn_jax.components import segment
-from structattn_jax.network import sedd_dual_track
-from structattn_jax.reference import atom_cross_attention as aca_reference
-from structattn_jax.reference import boltz_encoders as boltz_reference
-from structattn_jax.reference import (
-  pallatom_atom_transformers as pallatom_reference,
-)
-from structattn_jax.reference import sedd_dual_track as sedd_reference
+from structattn_jax.network.sedd import dual_track as sedd_dual_track
+from structattn_jax.reference import alphafold3 as aca_reference
+from structattn_jax.reference import boltz as boltz_reference
+from structattn_jax.reference import pallatom as pallatom_reference
+from structattn_jax.reference import sedd as sedd_reference
+from structattn_jax.verification import systems
 
 GOLDENS = pathlib.Path(__file__).parents[1] / 'goldens'
 
@@ -102,7 +100,7 @@ def test_af3_seed_golden_matches(case, implementation, dtype):
   }
   num_head, d_head = params['to_atoms']['W_q'].shape[1:]
   tokens = inputs['s']
-  config = sa.AtomCrossAttentionConfig(
+  config = sa.seeds.TokenAtomAttentionConfig(
     num_head=num_head,
     d_head=d_head,
     implementation=implementation,
@@ -111,7 +109,7 @@ def test_af3_seed_golden_matches(case, implementation, dtype):
     ),
   )
   got = run(
-    sa.transform_atom_cross_attention(config).apply,
+    sa.seeds.transform_token_atom_attention(config).apply,
     params,
     inputs['q'],
     tokens,
@@ -168,14 +166,14 @@ def test_boltz_seed_golden_matches(case, dtype):
   want = golden[f'outputs64/{case}/token_features']
   ids = inputs['atom_to_token']
   num_head, d_head = inputs['w_q'].shape[1:]
-  config = sa.TokenAttentionPoolConfig(
+  config = sa.seeds.TokenAttentionPoolConfig(
     num_head=num_head,
     d_head=d_head,
     max_atoms_per_token=sa.max_segment_size(ids, len(want)),
   )
   weights = {name: inputs[name] for name in ('w_q', 'w_k', 'w_v')}
   got = run(
-    sa.transform_token_attention_pool(config, num_tokens=len(want)).apply,
+    sa.seeds.transform_token_attention_pool(config, num_tokens=len(want)).apply,
     {'token_attention_pool': weights},
     inputs['atom_features'],
     ids,
@@ -225,7 +223,7 @@ def test_pallatom_pairs_golden_is_covered_completely():
 @pytest.mark.parametrize('case', [4, 7, 9])
 def test_pallatom_pairs_golden_matches_eagerly(case):
   tok_idx, window_size, index, valid = pairs_golden(case)
-  got_index, got_valid = sa.build_sparse_pairs(tok_idx, window_size)
+  got_index, got_valid = sa.pallatom.build_sparse_pairs(tok_idx, window_size)
   np.testing.assert_array_equal(got_index, index)
   np.testing.assert_array_equal(got_valid, valid)
 
@@ -240,9 +238,11 @@ def test_pallatom_pairs_golden_matches_exactly(case):
   def build(traced):
     return [
       # The number of slots found from concrete indices, given, and too large.
-      sa.build_sparse_pairs(tok_idx, window_size),
-      sa.build_sparse_pairs(traced, window_size, max_neighbours=n_nbr),
-      sa.build_sparse_pairs(traced, window_size, max_neighbours=n_nbr + 3),
+      sa.pallatom.build_sparse_pairs(tok_idx, window_size),
+      sa.pallatom.build_sparse_pairs(traced, window_size, max_neighbours=n_nbr),
+      sa.pallatom.build_sparse_pairs(
+        traced, window_size, max_neighbours=n_nbr + 3
+      ),
     ]
 
   for (got_index, got_valid), extra in zip(
@@ -253,7 +253,7 @@ def test_pallatom_pairs_golden_matches_exactly(case):
     np.testing.assert_array_equal(got_index, want_index)
     np.testing.assert_array_equal(got_valid, np.pad(valid, pad))
     assert got_index.shape == got_valid.shape == want_index.shape
-  assert sa.required_neighbours(tok_idx, window_size) == n_nbr
+  assert sa.pallatom.required_neighbours(tok_idx, window_size) == n_nbr
 
 
 @each_pairs
@@ -271,11 +271,13 @@ TRANSFORMER_AXES = (None, 0, 0, 0, None, 0)
 def transformer_golden(dtype: str):
   """The batched function and its arguments."""
   golden = load(TRANSFORMER)
-  config = sa.AtomTransformerConfig(num_block=2, num_head=4)
+  config = sa.pallatom.AtomTransformerConfig(num_block=2, num_head=4)
   inputs = part(golden, 'inputs', dtype)
   params = haiku_params(part(golden, 'params', dtype), 'atom_transformer')
   order = ('q', 'c', 'p', 'neighbor_idx', 'valid_mask')
-  fn = jax.vmap(sa.transform_atom_transformer(config).apply, TRANSFORMER_AXES)
+  fn = jax.vmap(
+    sa.pallatom.transform_atom_transformer(config).apply, TRANSFORMER_AXES
+  )
   return fn, (params, *(inputs[name] for name in order))
 
 
@@ -334,7 +336,7 @@ def test_pallatom_transformer_golden_oracle_matches():
 # them run. Its README: 5e-6 x max(1, largest value) in float32.
 
 SEDD = 'sedd_protein_ligand/dual_components'
-SEDD_CONFIG = sa.DualTrackConfig(
+SEDD_CONFIG = sa.sedd.DualTrackConfig(
   hidden_size=24, num_head=3, num_block=1, cond_dim=16, protein_vocab=37
 )
 SEDD_SCOPES = {
@@ -395,7 +397,7 @@ def test_sedd_golden_timestep_matches(dtype):
   got = run(sedd_dual_track.timestep_embedding, sigma, dtype=dtype, vmap_axes=0)
   assert_sedd_close(got, 'timestep/embedding', dtype)
   got = sedd_run(
-    'sigma_map', lambda: sa.TimestepEmbedder(16), sigma, dtype=dtype
+    'sigma_map', lambda: sa.sedd.TimestepEmbedder(16), sigma, dtype=dtype
   )
   # Upstream applies the last SiLU outside of the module.
   assert_sedd_close(got, 'timestep/mlp', dtype, silu)
@@ -405,7 +407,7 @@ def test_sedd_golden_timestep_matches(dtype):
 def test_sedd_golden_token_embedding_matches(dtype):
   got = sedd_run(
     'protein_embed',
-    lambda: sa.TokenEmbedding(37, 24, name='protein_embed'),
+    lambda: sa.sedd.TokenEmbedding(37, 24, name='protein_embed'),
     sedd_inputs()['indices'],
     dtype=dtype,
   )
@@ -467,7 +469,7 @@ def test_sedd_golden_block_matches(kind, dtype):
   names = SEDD_BLOCKS[kind]
 
   def make():
-    block = sa.DDiTBlock(SEDD_CONFIG, name='block')
+    block = sa.sedd.DDiTBlock(SEDD_CONFIG, name='block')
 
     def call(x, condition, *rest):
       given = dict(zip(names, rest, strict=True))

@@ -7,10 +7,11 @@ import pathlib
 import numpy as np
 import pytest
 
-from structattn_jax import replay, verify
-from structattn_jax.replay import golden as golden_lib
+from structattn_jax import verification as replay
+from structattn_jax.verification import golden as golden_lib
+from structattn_jax.verification import verify
 
-GOLDENS = pathlib.Path(__file__).parent / 'goldens'
+GOLDENS = pathlib.Path(__file__).parents[1] / 'goldens'
 AF3 = GOLDENS / 'af3_atom_cross_attention'
 SEED = AF3 / 'seed_unsorted.npz'
 

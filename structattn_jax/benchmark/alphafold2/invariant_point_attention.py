@@ -29,7 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from structattn_jax.benchmark import harness
-from structattn_jax.network import invariant_point_attention as ipa
+from structattn_jax.network.alphafold2 import invariant_point_attention as ipa
 
 Mode = Literal['forward', 'forward+backward']
 MODES: tuple[Mode, ...] = ('forward', 'forward+backward')

@@ -24,10 +24,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from structattn_jax import geometry
-from structattn_jax.benchmark import harness, ipa
+from structattn_jax.benchmark import harness
+from structattn_jax.benchmark.alphafold2 import invariant_point_attention as ipa
 from structattn_jax.components import haiku_modules as hm
-from structattn_jax.network import all_atom, residue_constants
-from structattn_jax.network import structure_module as lib
+from structattn_jax.network.alphafold2 import all_atom, residue_constants
+from structattn_jax.network.alphafold2 import structure_module as lib
 
 SIZES = (64, 128, 256, 512)
 QUICK_SIZES = (16,)

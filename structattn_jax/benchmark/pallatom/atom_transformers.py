@@ -27,9 +27,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from structattn_jax.benchmark import harness
-from structattn_jax.benchmark import pallatom_published as published
-from structattn_jax.components import neighbour_plan
-from structattn_jax.network import pallatom_atom_transformers as pallatom
+from structattn_jax.benchmark.pallatom import published
+from structattn_jax.network.pallatom import atom_transformers as pallatom
+from structattn_jax.network.pallatom import neighbour_plan
 
 Mode = Literal[
   'encoder, forward',

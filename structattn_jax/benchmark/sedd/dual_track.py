@@ -31,12 +31,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from structattn_jax.benchmark import harness, sedd_torch
+from structattn_jax.benchmark import harness
+from structattn_jax.benchmark.sedd import torch_code as sedd_torch
 from structattn_jax.discrete_diffusion import graph as graph_lib
 from structattn_jax.discrete_diffusion import losses, sampling
 from structattn_jax.discrete_diffusion import noise as noise_lib
-from structattn_jax.kernels import sedd_dual_track as kernel
-from structattn_jax.network import sedd_dual_track as network
+from structattn_jax.discrete_diffusion import prepared_network as kernel
+from structattn_jax.network.sedd import dual_track as network
 
 
 class Case(NamedTuple):

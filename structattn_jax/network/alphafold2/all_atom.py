@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from structattn_jax import geometry
 from structattn_jax.common import checks, numerics
-from structattn_jax.network import residue_constants
+from structattn_jax.network.alphafold2 import residue_constants
 
 # Angles of length zero have no direction; AF2 divides by 1e-6 at least.
 _ANGLE_EPSILON = 1e-12

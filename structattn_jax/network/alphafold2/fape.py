@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from structattn_jax import geometry
 from structattn_jax.common import checks, numerics
 from structattn_jax.geometry.rotation import Parameterisation
-from structattn_jax.network import residue_constants
+from structattn_jax.network.alphafold2 import residue_constants
 
 # Added to the number of pairs, so that no pair at all gives zero.
 _COUNT_EPSILON = 1e-4

@@ -35,7 +35,7 @@ import numpy as np
 
 from structattn_jax.common import base_config, checks, numerics
 from structattn_jax.components import haiku_modules as hm
-from structattn_jax.kernels import invariant_point_attention as kernel
+from structattn_jax.network.alphafold2 import blocked_attention as kernel
 
 Implementation = Literal['dense', 'blocked']
 

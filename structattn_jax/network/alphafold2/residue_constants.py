@@ -70,7 +70,8 @@ def residue_tables() -> ResidueTables:
   ['N', 'CA', 'C', 'O', 'CB', 'OG']
   """
   path = (
-    importlib.resources.files('structattn_jax.network') / 'residue_tables.npz'
+    importlib.resources.files('structattn_jax.network.alphafold2')
+    / 'residue_tables.npz'
   )
   with path.open('rb') as file, np.load(file, allow_pickle=False) as values:
     return ResidueTables(

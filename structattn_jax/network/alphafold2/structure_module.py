@@ -31,8 +31,10 @@ import jax.numpy as jnp
 from structattn_jax import geometry
 from structattn_jax.common import base_config, checks, numerics
 from structattn_jax.components import haiku_modules as hm
-from structattn_jax.network import all_atom, residue_constants
-from structattn_jax.network import invariant_point_attention as ipa_lib
+from structattn_jax.network.alphafold2 import all_atom, residue_constants
+from structattn_jax.network.alphafold2 import (
+  invariant_point_attention as ipa_lib,
+)
 
 Frames = geometry.QuatAffine | geometry.Rigid
 

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 
 from structattn_jax.components import parameters as pm
 from structattn_jax.components.parameters import Params
-from structattn_jax.network import atom_layout
-from structattn_jax.network import diffusion_transformer as dt
-from structattn_jax.network.atom_layout import Arranged
+from structattn_jax.network.alphafold3 import atom_layout
+from structattn_jax.network.alphafold3 import diffusion_transformer as dt
+from structattn_jax.network.alphafold3.atom_layout import Arranged
 
 UidRule = Literal['official', 'corrected']
 

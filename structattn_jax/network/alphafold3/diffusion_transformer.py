@@ -35,8 +35,8 @@ from structattn_jax.common import base_config, checks, numerics
 from structattn_jax.components import haiku_modules as hm
 from structattn_jax.components import parameters as pm
 from structattn_jax.components.parameters import Params
-from structattn_jax.network import atom_layout
-from structattn_jax.network.atom_layout import Arranged, GatherInfo
+from structattn_jax.network.alphafold3 import atom_layout
+from structattn_jax.network.alphafold3.atom_layout import Arranged, GatherInfo
 
 PaddedKeys = Literal['official', 'masked']
 FinalInit = Literal['zeros', 'linear']

@@ -20,10 +20,10 @@ import numpy as np
 
 from structattn_jax.common import numerics
 from structattn_jax.components import mapping
+from structattn_jax.components import windowed_attention as kernel
 from structattn_jax.components.parameters import Params
-from structattn_jax.kernels import windowed_attention as kernel
-from structattn_jax.network import atom_layout
-from structattn_jax.network import diffusion_transformer as dt
+from structattn_jax.network.alphafold3 import atom_layout
+from structattn_jax.network.alphafold3 import diffusion_transformer as dt
 
 # Token pairs that are normalised and projected at a time.
 _PAIR_CHUNK = 4096

@@ -21,9 +21,12 @@ import jax.numpy as jnp
 from structattn_jax.common import numerics
 from structattn_jax.components import mapping
 from structattn_jax.components import parameters as pm
+from structattn_jax.components import windowed_attention as kernel
 from structattn_jax.components.parameters import Params
-from structattn_jax.kernels import windowed_attention as kernel
-from structattn_jax.network.diffusion_transformer import STACK, swish_gate
+from structattn_jax.network.alphafold3.diffusion_transformer import (
+  STACK,
+  swish_gate,
+)
 
 
 class BlockWeights(NamedTuple):

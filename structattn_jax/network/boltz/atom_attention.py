@@ -56,11 +56,11 @@ from structattn_jax.common import numerics
 from structattn_jax.components import haiku_modules as hm
 from structattn_jax.components import parameters as pm
 from structattn_jax.components.parameters import Params
-from structattn_jax.kernels import boltz_pair_bias as kernel
-from structattn_jax.network import boltz_features as bf
-from structattn_jax.network import boltz_parameters as bp
-from structattn_jax.network import boltz_transformers as bt
-from structattn_jax.network.boltz_features import (
+from structattn_jax.network.boltz import features as bf
+from structattn_jax.network.boltz import pair_bias as kernel
+from structattn_jax.network.boltz import parameters as bp
+from structattn_jax.network.boltz import transformers as bt
+from structattn_jax.network.boltz.features import (
   Boltz1AtomAttentionConfig,
   Boltz2AtomAttentionConfig,
   BoltzAtomFeatures,

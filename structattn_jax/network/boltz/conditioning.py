@@ -25,7 +25,7 @@ from structattn_jax.common import base_config, checks, numerics
 from structattn_jax.components import haiku_modules as hm
 from structattn_jax.components import parameters as pm
 from structattn_jax.components.parameters import Params
-from structattn_jax.network import boltz_transformers as bt
+from structattn_jax.network.boltz import transformers as bt
 
 # Upstream's period of chains that are not cyclic, once any chain is.
 _LONG_PERIOD = 10000

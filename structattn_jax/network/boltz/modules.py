@@ -20,12 +20,12 @@ from structattn_jax.common import checks
 from structattn_jax.components import haiku_modules as hm
 from structattn_jax.components import parameters as pm
 from structattn_jax.components.parameters import Params
-from structattn_jax.network import boltz_conditioning as conditioning
-from structattn_jax.network import boltz_encoders as be
-from structattn_jax.network import boltz_features as bf
-from structattn_jax.network import boltz_parameters as bp
-from structattn_jax.network import boltz_transformers as bt
-from structattn_jax.network.boltz_features import BoltzAtomFeatures
+from structattn_jax.network.boltz import atom_attention as be
+from structattn_jax.network.boltz import conditioning
+from structattn_jax.network.boltz import features as bf
+from structattn_jax.network.boltz import parameters as bp
+from structattn_jax.network.boltz import transformers as bt
+from structattn_jax.network.boltz.features import BoltzAtomFeatures
 
 
 class AtomEmbedding(NamedTuple):

@@ -5,10 +5,10 @@ Names and scopes as `boltz_encoders` says; initial values are upstream's.
 
 from structattn_jax.components import parameters as pm
 from structattn_jax.components.parameters import Params
-from structattn_jax.network import boltz_conditioning as conditioning
-from structattn_jax.network import boltz_features as bf
-from structattn_jax.network import boltz_transformers as bt
-from structattn_jax.network.boltz_features import (
+from structattn_jax.network.boltz import conditioning
+from structattn_jax.network.boltz import features as bf
+from structattn_jax.network.boltz import transformers as bt
+from structattn_jax.network.boltz.features import (
   Boltz2AtomAttentionConfig,
   Config,
 )

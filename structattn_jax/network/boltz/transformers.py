@@ -36,9 +36,9 @@ import jax.numpy as jnp
 from structattn_jax.common import numerics
 from structattn_jax.components import haiku_modules as hm
 from structattn_jax.components import parameters as pm
+from structattn_jax.components import windowed_attention as kernel
 from structattn_jax.components import windows
 from structattn_jax.components.parameters import Params
-from structattn_jax.kernels import windowed_attention as kernel
 
 # Logit of a masked key: its weight is zero, and no infinity meets another.
 MASKED = -1e9

@@ -26,7 +26,7 @@ import numpy as np
 
 from structattn_jax.common import base_config, checks, numerics
 from structattn_jax.components import haiku_modules as hm
-from structattn_jax.kernels import residue_windows
+from structattn_jax.network.pallatom import residue_windows
 
 WINDOW_SIZE = 32
 

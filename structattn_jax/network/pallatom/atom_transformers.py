@@ -40,10 +40,10 @@ import numpy as np
 
 from structattn_jax.common import base_config, checks, numerics
 from structattn_jax.components import haiku_modules as hm
-from structattn_jax.components import neighbour_plan, segment
-from structattn_jax.kernels import residue_windows
-from structattn_jax.network import pallatom_atom_blocks as blocks_lib
-from structattn_jax.network.pallatom_atom_blocks import (
+from structattn_jax.components import segment
+from structattn_jax.network.pallatom import atom_blocks as blocks_lib
+from structattn_jax.network.pallatom import neighbour_plan, residue_windows
+from structattn_jax.network.pallatom.atom_blocks import (
   WINDOW_SIZE,
   AtomTransformer,
   AtomTransformerBlock,

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 
 from structattn_jax.common import numerics
-from structattn_jax.components.neighbour_plan import NeighbourPlan
+from structattn_jax.network.pallatom.neighbour_plan import NeighbourPlan
 
 _EPSILON = 1e-5  # Of all LayerNorms.
 _DEAD = -1e30  # Logit of a slot that is no neighbour; its weight is exactly 0.

@@ -10,10 +10,10 @@ import pytest
 import registry
 
 from structattn_jax import geometry
-from structattn_jax.network import fape
-from structattn_jax.reference import structure_module as reference
+from structattn_jax.network.alphafold2 import fape
+from structattn_jax.reference.alphafold2 import structure_module as reference
 
-GOLDENS = pathlib.Path(__file__).parents[1] / 'goldens/af2_ipa'
+GOLDENS = pathlib.Path(__file__).parents[2] / 'goldens/af2_ipa'
 each_form = pytest.mark.parametrize('form', ['monomer', 'multimer'])
 
 

@@ -71,8 +71,8 @@ def test_moving_a_real_protein_changes_nothing(complex_1s3v, shift, bound):
   single = rng.standard_normal((n_res, 32), np.float32)
   pair = rng.standard_normal((n_res, n_res, 16), np.float32)
   frames = (protein.rotation, protein.translation)
-  init, apply = sa.transform_ipa(
-    sa.InvariantPointAttentionConfig.seed(num_head=4)
+  init, apply = sa.alphafold2.transform_ipa(
+    sa.alphafold2.InvariantPointAttentionConfig.seed(num_head=4)
   )
   params = init(jax.random.key(0), single, pair, *frames)
   testing.assert_se3_invariant(
@@ -100,10 +100,10 @@ def test_error_at_10000_angstrom_is_at_most_twice_that_at_the_origin(
   parameterisation,
 ):
   """Against float64 on the same, rounded translations."""
-  config = sa.InvariantPointAttentionConfig(
+  config = sa.alphafold2.InvariantPointAttentionConfig(
     parameterisation=parameterisation, zero_init=False
   )
-  init, apply = sa.transform_ipa(config)
+  init, apply = sa.alphafold2.transform_ipa(config)
   rng = np.random.default_rng(0)
   n_res = 64
   rotation, _ = np.linalg.qr(rng.standard_normal((n_res, 3, 3)))
@@ -172,16 +172,18 @@ def equations(jaxpr):
 
 def test_unit_head_weights_equal_freshly_learned_ones():
   sizes = {'num_head': 3, 'num_point_qk': 2, 'num_point_v': 3}
-  unit = sa.InvariantPointAttentionConfig.seed(**sizes)
+  unit = sa.alphafold2.InvariantPointAttentionConfig.seed(**sizes)
   learned = dataclasses.replace(unit, head_weights='learned')
   inputs = dict(CASE.inputs)
-  params = sa.transform_ipa(learned).init(jax.random.key(0), **inputs)
-  got = sa.transform_ipa(learned).apply(params, **inputs)
+  params = sa.alphafold2.transform_ipa(learned).init(
+    jax.random.key(0), **inputs
+  )
+  got = sa.alphafold2.transform_ipa(learned).apply(params, **inputs)
   scope = 'invariant_point_attention'
   weights = params[scope].pop('trainable_point_weights')
   np.testing.assert_allclose(weights, np.log(np.e - 1), rtol=1e-6)
   del params[scope]
-  want = sa.transform_ipa(unit).apply(params, **inputs)
+  want = sa.alphafold2.transform_ipa(unit).apply(params, **inputs)
   np.testing.assert_allclose(got, want, atol=1e-6)
 
 
@@ -201,10 +203,10 @@ def test_attention_rows_sum_to_one_over_real_keys():
 def test_no_array_holds_all_point_distances():
   """The published form makes [n_head, n_res, n_res, n_point] differences."""
   n_res, n_head, p_qk, p_v = 256, 2, 4, 8
-  config = sa.InvariantPointAttentionConfig.seed(
+  config = sa.alphafold2.InvariantPointAttentionConfig.seed(
     num_head=n_head, num_point_qk=p_qk, num_point_v=p_v, num_scalar_v=2
   )
-  transformed = sa.transform_ipa(config)
+  transformed = sa.alphafold2.transform_ipa(config)
   inputs = (
     jnp.zeros((n_res, 8)),
     None,
@@ -226,7 +228,7 @@ def test_no_array_holds_all_point_distances():
 
 
 def low_rank(rng, n_res, rank, c_z):
-  return sa.LowRankPair(
+  return sa.alphafold2.LowRankPair(
     *rng.standard_normal((2, n_res, rank, c_z)).astype(np.float32)
   )
 
@@ -253,8 +255,8 @@ INPUTS, PAIRS = variants()
 
 
 def transformed(**options):
-  return sa.transform_ipa(
-    sa.InvariantPointAttentionConfig(
+  return sa.alphafold2.transform_ipa(
+    sa.alphafold2.InvariantPointAttentionConfig(
       num_head=3,
       num_point_qk=2,
       num_point_v=3,
@@ -316,10 +318,12 @@ def test_low_rank_pair_equals_the_multiplied_out_one(implementation):
 
 def test_low_rank_pair_needs_nothing_of_full_size():
   n_res, c_z = 256, 32
-  init, apply = sa.transform_ipa(sa.InvariantPointAttentionConfig(num_head=2))
+  init, apply = sa.alphafold2.transform_ipa(
+    sa.alphafold2.InvariantPointAttentionConfig(num_head=2)
+  )
   inputs = (
     jnp.zeros((n_res, 8)),
-    sa.LowRankPair(*jnp.zeros((2, n_res, 2, c_z))),
+    sa.alphafold2.LowRankPair(*jnp.zeros((2, n_res, 2, c_z))),
     jnp.zeros((n_res, 3, 3)),
     jnp.zeros((n_res, 3)),
   )
@@ -341,7 +345,7 @@ def test_shared_pair_bias_changes_nothing(implementation):
   options = {'implementation': implementation, 'query_block': 4}
   init, apply = transformed(**options)
   params = init(jax.random.key(0), pair=pair, **INPUTS)
-  config = sa.InvariantPointAttentionConfig(
+  config = sa.alphafold2.InvariantPointAttentionConfig(
     num_head=3,
     num_point_qk=2,
     num_point_v=3,
@@ -351,7 +355,7 @@ def test_shared_pair_bias_changes_nothing(implementation):
   )
 
   def twice(pair, **inputs):
-    ipa = sa.InvariantPointAttention(config)
+    ipa = sa.alphafold2.InvariantPointAttention(config)
     bias = ipa.pair_bias(pair)
     return ipa(pair=pair, pair_bias=bias, **inputs)
 
@@ -370,7 +374,7 @@ def test_shared_pair_bias_changes_nothing(implementation):
 def test_pair_shared_by_scanned_calls_changes_nothing(
   implementation, query_block, has_layer_norm
 ):
-  config = sa.InvariantPointAttentionConfig(
+  config = sa.alphafold2.InvariantPointAttentionConfig(
     num_head=3,
     zero_init=False,
     implementation=implementation,
@@ -387,7 +391,7 @@ def test_pair_shared_by_scanned_calls_changes_nothing(
   }
 
   def calls(pair, norm, is_shared, single, **inputs):
-    ipa = sa.InvariantPointAttention(config)
+    ipa = sa.alphafold2.InvariantPointAttention(config)
     slots = None
     if is_shared:
       given = (norm['scale'], norm['offset']) if has_layer_norm else None
@@ -417,14 +421,14 @@ def test_pair_shared_by_scanned_calls_changes_nothing(
 
 
 def test_a_shared_pair_needs_its_gradient():
-  config = sa.InvariantPointAttentionConfig(
+  config = sa.alphafold2.InvariantPointAttentionConfig(
     num_head=3, implementation='blocked', query_block=4
   )
   pair = PAIRS['full']
 
   def call(with_pair, with_slots, **options):
     def forward(**inputs):
-      ipa = sa.InvariantPointAttention(config)
+      ipa = sa.alphafold2.InvariantPointAttention(config)
       shared, slots = ipa.share_pair(pair, 1)
       slots = jax.tree.map(lambda x: x[0], slots)
       return ipa(
@@ -450,12 +454,12 @@ def test_a_shared_pair_needs_its_gradient():
 def test_pair_shared_without_slots_changes_nothing(
   implementation, return_attention
 ):
-  config = sa.InvariantPointAttentionConfig(
+  config = sa.alphafold2.InvariantPointAttentionConfig(
     num_head=3, zero_init=False, implementation=implementation, query_block=4
   )
 
   def call(is_shared, pair, **inputs):
-    ipa = sa.InvariantPointAttention(config)
+    ipa = sa.alphafold2.InvariantPointAttention(config)
     norm = (jnp.arange(1.0, 7), jnp.arange(6.0))
     if is_shared:
       pair, slots = ipa.share_pair(pair, None, norm, mask=inputs['mask'])
@@ -475,7 +479,7 @@ def test_pair_shared_without_slots_changes_nothing(
 
 
 def test_pair_of_poses_by_vmap_is_shared():
-  config = sa.InvariantPointAttentionConfig(
+  config = sa.alphafold2.InvariantPointAttentionConfig(
     num_head=3, zero_init=False, implementation='blocked', query_block=4
   )
   moved = (
@@ -484,7 +488,7 @@ def test_pair_of_poses_by_vmap_is_shared():
   rest = {k: v for k, v in INPUTS.items() if k != 'translation'}
 
   def call(is_shared, pair):
-    ipa = sa.InvariantPointAttention(config)
+    ipa = sa.alphafold2.InvariantPointAttention(config)
     slots = None
     if is_shared:
       pair, slots = ipa.share_pair(pair, len(moved), mask=rest['mask'])
@@ -513,8 +517,10 @@ def test_pair_of_poses_by_vmap_is_shared():
 def test_pure_pair_bias_serves_many_calls(kind):
   init, apply = transformed()
   params = init(jax.random.key(0), pair=PAIRS[kind], **INPUTS)
-  config = sa.InvariantPointAttentionConfig(num_head=3)
-  pair_bias = sa.transform_ipa_pair_bias(config).apply(params, PAIRS[kind])
+  config = sa.alphafold2.InvariantPointAttentionConfig(num_head=3)
+  pair_bias = sa.alphafold2.transform_ipa_pair_bias(config).apply(
+    params, PAIRS[kind]
+  )
   assert pair_bias.shape == (13, 3, 13)
   got = apply(params, pair=PAIRS[kind], pair_bias=pair_bias, **INPUTS)
   assert_close(got, apply(params, pair=PAIRS[kind], **INPUTS))
@@ -525,8 +531,8 @@ def test_pure_pair_bias_serves_many_calls(kind):
 
 def test_low_rank_pair_has_no_shared_gradient():
   def forward(pair):
-    return sa.InvariantPointAttention(
-      sa.InvariantPointAttentionConfig()
+    return sa.alphafold2.InvariantPointAttention(
+      sa.alphafold2.InvariantPointAttentionConfig()
     ).share_pair(pair, 2)
 
   with pytest.raises(TypeError, match='pair: expected an array, got LowRank'):
@@ -545,13 +551,13 @@ def test_no_residues_raise():
 def test_masked_content_reaches_neither_values_nor_gradients(
   implementation, kind
 ):
-  config = sa.InvariantPointAttentionConfig(
+  config = sa.alphafold2.InvariantPointAttentionConfig(
     num_head=3, zero_init=False, implementation=implementation, query_block=4
   )
   mask = INPUTS['mask']
 
   def call(pair, **inputs):
-    ipa = sa.InvariantPointAttention(config)
+    ipa = sa.alphafold2.InvariantPointAttention(config)
     slots = None
     if kind == 'shared':
       norm = (jnp.ones(6), jnp.zeros(6))
@@ -588,8 +594,8 @@ def test_masked_content_reaches_neither_values_nor_gradients(
 
 def test_blocked_holds_no_logits_of_all_queries():
   n_res, n_head = 256, 6
-  init, apply = sa.transform_ipa(
-    sa.InvariantPointAttentionConfig(
+  init, apply = sa.alphafold2.transform_ipa(
+    sa.alphafold2.InvariantPointAttentionConfig(
       num_head=n_head, implementation='blocked', query_block=8
     )
   )
@@ -612,8 +618,10 @@ def test_blocked_holds_no_logits_of_all_queries():
     )
 
   assert largest(apply) <= n_res * n_res * 3  # The gradient of the pair.
-  _, dense = sa.transform_ipa(
-    sa.InvariantPointAttentionConfig(num_head=n_head, implementation='dense')
+  _, dense = sa.alphafold2.transform_ipa(
+    sa.alphafold2.InvariantPointAttentionConfig(
+      num_head=n_head, implementation='dense'
+    )
   )
   assert largest(dense) >= n_res * n_res * n_head  # The check can fail.
 
@@ -623,4 +631,4 @@ def test_blocked_holds_no_logits_of_all_queries():
 )
 def test_config_without_channels_is_refused(field):
   with pytest.raises(ValueError, match=f'{field}: expected at least 1, got 0'):
-    sa.InvariantPointAttentionConfig(**{field: 0})
+    sa.alphafold2.InvariantPointAttentionConfig(**{field: 0})

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from structattn_jax import geometry
-from structattn_jax.network import all_atom, residue_constants
-from structattn_jax.network import structure_module as sm
-from structattn_jax.reference import structure_module as reference
+from structattn_jax.network.alphafold2 import all_atom, residue_constants
+from structattn_jax.network.alphafold2 import structure_module as sm
+from structattn_jax.reference.alphafold2 import structure_module as reference
 
-GOLDENS = pathlib.Path(__file__).parents[1] / 'goldens/af2_ipa'
+GOLDENS = pathlib.Path(__file__).parents[2] / 'goldens/af2_ipa'
 SCOPE = 'alphafold/alphafold_iteration/'
 # Compiles in half the time.
 QUICK = {'xla_backend_optimization_level': 0}

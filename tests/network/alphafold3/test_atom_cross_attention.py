@@ -14,11 +14,11 @@ import registry
 
 import structattn_jax as sa
 from structattn_jax.components import parameters as pm
-from structattn_jax.network import atom_cross_attention as aca
-from structattn_jax.network import atom_layout
-from structattn_jax.replay.golden import Golden
+from structattn_jax.network.alphafold3 import atom_layout
+from structattn_jax.network.alphafold3 import cached_atom_attention as aca
+from structattn_jax.verification.golden import Golden
 
-GOLDENS = pathlib.Path(__file__).parents[1] / 'goldens'
+GOLDENS = pathlib.Path(__file__).parents[2] / 'goldens'
 GOLDENS /= 'af3_atom_cross_attention'
 
 FLOATS = (
@@ -125,7 +125,7 @@ def worst(got, want) -> float:
   ['diffusion_mixed', 'evoformer_conditioning', 'tiny_padded', 'tiny_unpadded'],
 )
 def test_golden_matches_in_float64(case, implementation):
-  config = sa.AtomCrossAttConfig(implementation=implementation)
+  config = sa.alphafold3.AtomCrossAttConfig(implementation=implementation)
   name, params, batch, floats = split(case)
   with jax.enable_x64(True):
     found = forward(config, name, params, batch, floats)
@@ -143,7 +143,7 @@ def test_golden_matches_in_float64(case, implementation):
 
 @each_implementation
 def test_golden_matches_in_float32(implementation):
-  config = sa.AtomCrossAttConfig(implementation=implementation)
+  config = sa.alphafold3.AtomCrossAttConfig(implementation=implementation)
   name, params, batch, floats = split('tiny_padded', 'float32')
   found = atoms_only(forward(config, name, params, batch, floats), batch)
   for key in ('token_act', 'position_update'):
@@ -162,7 +162,7 @@ def test_golden_matches_in_float32(implementation):
 def test_lean_gradients_equal_the_published_ones(case, quirks):
   name, params, batch, floats = split(case)
   lean, published = (
-    sa.AtomCrossAttConfig(implementation=implementation, **quirks)
+    sa.alphafold3.AtomCrossAttConfig(implementation=implementation, **quirks)
     for implementation in ('lean', 'published')
   )
   with jax.enable_x64(True):
@@ -209,7 +209,7 @@ def test_lean_gradients_equal_the_published_ones(case, quirks):
 )
 def test_quirk_switches_change_what_they_did_upstream(case, quirks, change):
   name, params, batch, floats = split(case)
-  config = sa.AtomCrossAttConfig(**quirks)
+  config = sa.alphafold3.AtomCrossAttConfig(**quirks)
   with jax.enable_x64(True):
     found = forward(config, name, params, batch, floats)
     found = jax.tree.map(np.asarray, found)
@@ -273,7 +273,7 @@ def test_samples_share_an_unbatched_conditioning(native):
   params, plan, ref, positions, floats = native
   conditioning = precompute(params, plan, ref, floats)
   samples = positions * jnp.arange(1.0, 4)[:, None, None]
-  config = sa.AtomCrossAttConfig(window_chunk=1)
+  config = sa.alphafold3.AtomCrossAttConfig(window_chunk=1)
 
   def one(positions):
     token_act = floats['decoder_token_act']
@@ -296,7 +296,7 @@ def test_remat_choice_changes_no_gradient(native):
   params, plan, ref, positions, floats = native
 
   def loss(params, remat):
-    config = sa.AtomCrossAttConfig(remat=remat)
+    config = sa.alphafold3.AtomCrossAttConfig(remat=remat)
     conditioning = precompute(params, plan, ref, floats, config=config)
     token_act = floats['decoder_token_act']
     found = step(params, conditioning, positions, token_act, config=config)
@@ -340,29 +340,31 @@ def test_larger_padding_and_garbage_in_it_change_nothing(native):
 
 
 def test_atoms_of_one_bucket_share_one_compilation():
-  config = sa.AtomCrossAttConfig(
+  config = sa.alphafold3.AtomCrossAttConfig(
     per_token_channels=4,
     per_atom_channels=4,
     per_atom_pair_channels=2,
-    atom_transformer=sa.CrossAttTransformerConfig(
+    atom_transformer=sa.alphafold3.CrossAttTransformerConfig(
       num_blocks=1,
-      attention=sa.CrossAttentionConfig(num_head=1, key_dim=2, value_dim=2),
+      attention=sa.alphafold3.CrossAttentionConfig(
+        num_head=1, key_dim=2, value_dim=2
+      ),
     ),
   )
-  init, apply = sa.transform_atom_cross_att(
+  init, apply = sa.alphafold3.transform_atom_cross_att(
     config, prefix='evoformer_conditioning'
   )
   apply = jax.jit(chex.assert_max_traces(apply, n=1))
   params = None
   for n in (3, 100, 130):
-    plan = sa.build_window_plan(
+    plan = sa.alphafold3.build_window_plan(
       np.zeros(n, int),
       [0, 0],
       num_slots=200,
       n_atom=160,
       token_pairs=False,
     )
-    ref = sa.RefStructure(
+    ref = sa.alphafold3.RefStructure(
       ref_pos=np.ones((160, 3), np.float32),
       ref_mask=np.asarray(plan.atom_mask),
       ref_element=np.ones(160, np.int32),
@@ -377,9 +379,9 @@ def test_atoms_of_one_bucket_share_one_compilation():
 
 
 def test_parameters_are_those_of_the_released_model():
-  head = aca.atom_cross_att_parameters(sa.AtomCrossAttConfig())
+  head = aca.atom_cross_att_parameters(sa.alphafold3.AtomCrossAttConfig())
   trunk = aca.atom_cross_att_parameters(
-    sa.AtomCrossAttConfig(per_token_channels=384),
+    sa.alphafold3.AtomCrossAttConfig(per_token_channels=384),
     'evoformer_conditioning',
     positions=False,
     single_channels=None,
@@ -402,8 +404,8 @@ def test_haiku_head_has_the_parameters_below_its_name():
     dict(CASE.inputs),
   )
   assert any(name.startswith('diffusion_embed_ref_pos') for name in init)
-  config = sa.AtomCrossAttConfig(per_token_channels=8)
-  plan = sa.build_window_plan([0, 0, 1], [0, 1])
+  config = sa.alphafold3.AtomCrossAttConfig(per_token_channels=8)
+  plan = sa.alphafold3.build_window_plan([0, 0, 1], [0, 1])
   inputs = {
     'ref_pos': np.zeros((128, 3), np.float32),
     'ref_mask': np.asarray(plan.atom_mask),
@@ -413,7 +415,7 @@ def test_haiku_head_has_the_parameters_below_its_name():
   }
 
   def run(plan, ref, positions, token_act):
-    return sa.AtomCrossAttHead(config)(
+    return sa.alphafold3.AtomCrossAttHead(config)(
       plan, ref, positions, token_act=token_act
     )
 
@@ -421,7 +423,7 @@ def test_haiku_head_has_the_parameters_below_its_name():
     hk.transform(run).init,
     jax.random.key(0),
     plan,
-    sa.RefStructure(**inputs),
+    sa.alphafold3.RefStructure(**inputs),
     np.zeros((128, 3), np.float32),
     np.zeros((2, 8), np.float32),
   )
@@ -433,7 +435,7 @@ def test_haiku_head_has_the_parameters_below_its_name():
 
 def test_bfloat16_blocks_keep_coordinates_in_float32(native):
   params, plan, ref, positions, floats = native
-  config = sa.AtomCrossAttConfig(bfloat16=True)
+  config = sa.alphafold3.AtomCrossAttConfig(bfloat16=True)
   conditioning = precompute(params, plan, ref, floats, config=config)
   token_act, update = step(
     params,
@@ -501,7 +503,7 @@ def test_arguments_that_do_not_fit_the_parameters_say_so(native):
 @pytest.mark.parametrize('implementation', ['lean', 'published'])
 def test_both_implementations_check_the_same(implementation):
   _, params, batch, floats = split('tiny_unpadded', 'float32')
-  config = sa.AtomCrossAttConfig(implementation=implementation)
+  config = sa.alphafold3.AtomCrossAttConfig(implementation=implementation)
 
   def encode(batch, *arguments):
     return aca.atom_cross_att_encoder(params, batch, *arguments, config=config)
@@ -551,14 +553,16 @@ def test_encoder_and_decoder_of_different_implementations_are_an_error(first):
 
   def run():
     encoded = aca.atom_cross_att_encoder(
-      params, batch, config=sa.AtomCrossAttConfig(implementation=first)
+      params,
+      batch,
+      config=sa.alphafold3.AtomCrossAttConfig(implementation=first),
     )
     return aca.atom_cross_att_decoder(
       params,
       batch,
       floats['decoder_token_act'],
       encoded,
-      config=sa.AtomCrossAttConfig(implementation=second),
+      config=sa.alphafold3.AtomCrossAttConfig(implementation=second),
     )
 
   with pytest.raises(ValueError, match='use the same implementation'):
@@ -567,18 +571,18 @@ def test_encoder_and_decoder_of_different_implementations_are_an_error(first):
 
 def test_no_array_of_the_encoder_is_larger_than_the_logits():
   """Memory grows with the atoms: nothing has more than 128 keys per atom."""
-  config = sa.AtomCrossAttConfig(window_chunk=4)
+  config = sa.alphafold3.AtomCrossAttConfig(window_chunk=4)
   for n_window in (16, 32):
     n = 32 * n_window
-    plan = sa.build_window_plan(
+    plan = sa.alphafold3.build_window_plan(
       np.arange(n) // 8, np.arange(n // 8), token_pairs=False
     )
     ref = jax.tree.map(
       lambda x, n=n: jax.ShapeDtypeStruct((n, *x.shape[1:]), x.dtype),
-      sa.RefStructure(
+      sa.alphafold3.RefStructure(
         **{
           field.name: CASE.inputs[field.name]
-          for field in dataclasses.fields(sa.RefStructure)
+          for field in dataclasses.fields(sa.alphafold3.RefStructure)
         }
       ),
     )

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
-from structattn_jax import replay
-from structattn_jax.network import atom_layout
-from structattn_jax.replay.golden import Golden
+from structattn_jax import verification as replay
+from structattn_jax.network.alphafold3 import atom_layout
+from structattn_jax.verification.golden import Golden
 
-GOLDENS = pathlib.Path(__file__).parents[1] / 'goldens'
+GOLDENS = pathlib.Path(__file__).parents[2] / 'goldens'
 GOLDENS /= 'af3_atom_cross_attention'
 GATHERS = [field.name for field in dataclasses.fields(atom_layout.AtomCrossAtt)]
 

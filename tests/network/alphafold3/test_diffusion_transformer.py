@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 import structattn_jax as sa
-from structattn_jax import replay
+from structattn_jax import verification as replay
 from structattn_jax.components import parameters as pm
-from structattn_jax.network import atom_layout
-from structattn_jax.network import diffusion_transformer as dt
-from structattn_jax.network import window_transformer as wt
-from structattn_jax.replay.golden import Golden
+from structattn_jax.network.alphafold3 import atom_layout
+from structattn_jax.network.alphafold3 import diffusion_transformer as dt
+from structattn_jax.network.alphafold3 import window_transformer as wt
+from structattn_jax.verification.golden import Golden
 
-GOLDENS = pathlib.Path(__file__).parents[1] / 'goldens'
+GOLDENS = pathlib.Path(__file__).parents[2] / 'goldens'
 GOLDENS /= 'af3_atom_cross_attention'
 
 SIZES = dt.TransformerConfig(
@@ -81,7 +81,7 @@ def token_case():
 def test_transformer_module_has_upstreams_parameters(token_case):
   params, inputs = token_case
   init, apply = hk.without_apply_rng(
-    hk.transform(lambda *x: sa.Transformer(SIZES)(*x))
+    hk.transform(lambda *x: sa.alphafold3.Transformer(SIZES)(*x))
   )
   made = init(jax.random.key(0), *inputs)
   stack = '__layer_stack_with_per_layer'

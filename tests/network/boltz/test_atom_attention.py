@@ -13,11 +13,9 @@ import pytest
 
 import structattn_jax as sa
 from structattn_jax.components import parameters as pm
-from structattn_jax.network import (
-  boltz_modules,
-  boltz_parameters,
-  boltz_transformers,
-)
+from structattn_jax.network.boltz import modules as boltz_modules
+from structattn_jax.network.boltz import parameters as boltz_parameters
+from structattn_jax.network.boltz import transformers as boltz_transformers
 
 SIZES = {
   'atom_s': 8,
@@ -31,8 +29,8 @@ SIZES = {
   'atom_decoder_depth': 1,
   'atom_decoder_heads': 2,
 }
-BOLTZ1 = sa.Boltz1AtomAttentionConfig(**SIZES)
-BOLTZ2 = sa.Boltz2AtomAttentionConfig(
+BOLTZ1 = sa.boltz.Boltz1AtomAttentionConfig(**SIZES)
+BOLTZ2 = sa.boltz.Boltz2AtomAttentionConfig(
   **SIZES, token_transformer_depth=2, token_transformer_heads=1
 )
 N_ATOM, N_TOKEN = 12, 5
@@ -50,7 +48,7 @@ def features(**changes):
     'atom_to_token': np.append(np.arange(11) // 3, -1),
     'num_tokens': N_TOKEN,
   }
-  return sa.BoltzAtomFeatures(**{**values, **changes})
+  return sa.boltz.BoltzAtomFeatures(**{**values, **changes})
 
 
 def normal(*shape, seed=1):
@@ -73,7 +71,7 @@ def random_params(table):
 @pytest.fixture(scope='module')
 def boltz1():
   """The functions, parameters, a context and what samples give, vmapped."""
-  functions = sa.transform_boltz_atom_attention(BOLTZ1)
+  functions = sa.boltz.transform_boltz_atom_attention(BOLTZ1)
   params = random_params(boltz_parameters.atom_attention_parameters(BOLTZ1))
   context = jax.jit(functions.precompute)(params, features(), SINGLE, PAIR)
 
@@ -105,9 +103,9 @@ def test_boltz1_modules_equal_the_lean_functions(boltz1):
   _, params, context, run = boltz1
 
   def published():
-    encoder = sa.Boltz1AtomAttentionEncoder(BOLTZ1)
+    encoder = sa.boltz.Boltz1AtomAttentionEncoder(BOLTZ1)
     encoded, embedding = encoder(features(), SINGLE, PAIR, POSITIONS[0])
-    decoder = sa.Boltz1AtomAttentionDecoder(BOLTZ1)
+    decoder = sa.boltz.Boltz1AtomAttentionDecoder(BOLTZ1)
     return encoded, decoder(TOKEN_ACT[0], encoded.atoms, embedding, features())
 
   want = run(params, context, POSITIONS[:1], TOKEN_ACT[:1])
@@ -121,13 +119,13 @@ def test_boltz2_modules_equal_the_lean_functions():
   relative = normal(N_TOKEN, N_TOKEN, 3, seed=5)
 
   def published():
-    shared = sa.Boltz2DiffusionConditioning(BOLTZ2)(
+    shared = sa.boltz.Boltz2DiffusionConditioning(BOLTZ2)(
       features(), SINGLE, PAIR, relative
     )
-    encoded = sa.Boltz2AtomAttentionEncoder(BOLTZ2)(
+    encoded = sa.boltz.Boltz2AtomAttentionEncoder(BOLTZ2)(
       features(), shared.embedding, shared.encoder_bias, POSITIONS[0]
     )
-    update = sa.Boltz2AtomAttentionDecoder(BOLTZ2)(
+    update = sa.boltz.Boltz2AtomAttentionDecoder(BOLTZ2)(
       TOKEN_ACT[0],
       encoded.atoms,
       shared.embedding,
@@ -138,7 +136,7 @@ def test_boltz2_modules_equal_the_lean_functions():
 
   shared, *got = apply_modules(published, params)
   assert shared.token_bias.shape == (N_TOKEN, N_TOKEN, 2)
-  functions = sa.transform_boltz_atom_attention(BOLTZ2)
+  functions = sa.boltz.transform_boltz_atom_attention(BOLTZ2)
   context = functions.precompute(params, features(), SINGLE, shared.pair)
   encoded = functions.encode(params, context, POSITIONS[0])
   update = functions.decode(params, context, TOKEN_ACT[0], encoded.atoms)
@@ -147,7 +145,7 @@ def test_boltz2_modules_equal_the_lean_functions():
 
 def test_boltz2_input_embedder_needs_no_trunk():
   config = dataclasses.replace(BOLTZ2, structure_prediction=False)
-  functions = sa.transform_boltz_atom_attention(config)
+  functions = sa.boltz.transform_boltz_atom_attention(config)
   params = random_params(boltz_parameters.atom_attention_parameters(config))
   context = functions.precompute(params, features())
   encoded = functions.encode(params, context)
@@ -180,7 +178,7 @@ def test_windows_end_where_the_atoms_end(boltz1):
   """The keys of window 2 are atoms 6 to 13: atom 5 does not reach it."""
   _, params, _, _ = boltz1
   config = dataclasses.replace(BOLTZ1, atom_encoder_depth=1)
-  one_layer = sa.transform_boltz_atom_attention(config)
+  one_layer = sa.boltz.transform_boltz_atom_attention(config)
   kept = {k: v for k, v in params.items() if 'layers_1' not in k}
   own = one_layer.precompute(kept, features(), SINGLE, PAIR)
   encode = jax.jit(one_layer.encode)
@@ -206,7 +204,7 @@ def test_ids_beyond_float32_stay_apart(boltz1):
 def test_dense_and_blocked_biases_agree(boltz1):
   _, params, context, _ = boltz1
   config = dataclasses.replace(BOLTZ1, implementation='dense')
-  functions = sa.transform_boltz_atom_attention(config)
+  functions = sa.boltz.transform_boltz_atom_attention(config)
   own = functions.precompute(params, features(), SINGLE, PAIR)
   assert_close(own.encoder.biases, context.encoder.biases)
   assert_close(own.decoder.biases, context.decoder.biases)
@@ -243,7 +241,7 @@ def test_features_from_one_hot_equal_indices():
   elements[np.arange(N_ATOM), given.ref_element] = 1
   elements[11] = 0
   tokens = (given.atom_to_token[:, None] == np.arange(N_TOKEN)).astype(float)
-  got = sa.BoltzAtomFeatures.from_upstream(
+  got = sa.boltz.BoltzAtomFeatures.from_upstream(
     {
       'ref_pos': given.ref_pos,
       'ref_charge': given.ref_charge.astype(np.int8),
@@ -283,7 +281,7 @@ def test_padded_features_change_no_real_atom(boltz1):
 
 BAD = {
   'not_one_hot': (
-    lambda: sa.BoltzAtomFeatures.from_upstream(
+    lambda: sa.boltz.BoltzAtomFeatures.from_upstream(
       dict.fromkeys(
         (
           *('ref_pos', 'ref_charge', 'ref_space_uid', 'atom_pad_mask'),
@@ -295,7 +293,7 @@ BAD = {
     'ref_element: expected one-hot rows',
   ),
   'missing': (
-    lambda: sa.BoltzAtomFeatures.from_upstream({'ref_pos': 0}),
+    lambda: sa.boltz.BoltzAtomFeatures.from_upstream({'ref_pos': 0}),
     "expected 'ref_charge', got",
   ),
   'windows': (
@@ -327,14 +325,14 @@ def test_missing_trunk_or_positions_raise(boltz1):
   with pytest.raises(ValueError, match=r'^positions: expected an array'):
     functions.encode(params, context)
   config = dataclasses.replace(BOLTZ2, use_residue_feats_atoms=True)
-  other = sa.transform_boltz_atom_attention(config)
+  other = sa.boltz.transform_boltz_atom_attention(config)
   with pytest.raises(ValueError, match=r'^res_type: expected an array'):
     other.precompute(params, features(), SINGLE, PAIR)
 
 
 def test_decode_without_a_decoder_raises():
   config = dataclasses.replace(BOLTZ1, atom_decoder_depth=0)
-  functions = sa.transform_boltz_atom_attention(config)
+  functions = sa.boltz.transform_boltz_atom_attention(config)
   params = random_params(boltz_parameters.atom_attention_parameters(config))
   context = functions.precompute(params, features(), SINGLE, PAIR)
   with pytest.raises(ValueError, match=r'^context: .* no decoder$'):

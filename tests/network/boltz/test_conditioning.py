@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import structattn_jax as sa
-from structattn_jax.reference import boltz_encoders as reference
+from structattn_jax.reference import boltz as reference
 
 
 def tokens(**changes):
@@ -31,11 +31,11 @@ def tokens(**changes):
   ids=['cyclic', 'no_cycle', 'other_period'],
 )
 def test_relative_positions_match_the_one_hot_oracle(rule, change):
-  config = sa.RelativePositionConfig(
+  config = sa.boltz.RelativePositionConfig(
     token_z=3, r_max=3, s_max=2, same_chain_rule=rule
   )
   apply = hk.without_apply_rng(
-    hk.transform(lambda **x: sa.RelativePositionEncoder(config)(**x))
+    hk.transform(lambda **x: sa.boltz.RelativePositionEncoder(config)(**x))
   )
   inputs = tokens(**change)
   params = apply.init(jax.random.key(0), **inputs)
@@ -48,9 +48,9 @@ def test_relative_positions_match_the_one_hot_oracle(rule, change):
 
 
 def encoded(**inputs):
-  config = sa.RelativePositionConfig(token_z=3)
+  config = sa.boltz.RelativePositionConfig(token_z=3)
   run = hk.without_apply_rng(
-    hk.transform(lambda **x: sa.RelativePositionEncoder(config)(**x))
+    hk.transform(lambda **x: sa.boltz.RelativePositionEncoder(config)(**x))
   )
   return run.apply(run.init(jax.random.key(0), **inputs), **inputs)
 
@@ -75,7 +75,9 @@ def test_relative_positions_refuse_floats_and_wrong_lengths():
 
 
 def test_fourier_embedding_is_fixed():
-  run = hk.without_apply_rng(hk.transform(lambda t: sa.FourierEmbedding(5)(t)))
+  run = hk.without_apply_rng(
+    hk.transform(lambda t: sa.boltz.FourierEmbedding(5)(t))
+  )
   times = jnp.array([-1.0, 0.25])
   params = run.init(jax.random.key(0), times)
   assert run.apply(params, times).shape == (2, 5)
@@ -85,7 +87,7 @@ def test_fourier_embedding_is_fixed():
 
 
 def test_noise_time_follows_its_formula_and_stays_finite():
-  got = sa.noise_time(jnp.array([16.0, 160.0, 0.0]))
+  got = sa.boltz.noise_time(jnp.array([16.0, 160.0, 0.0]))
   want = [0.0, 0.25 * np.log(10), 0.25 * np.log(1e-20)]
   np.testing.assert_allclose(got, want, rtol=1e-6)
 
@@ -94,7 +96,7 @@ def test_single_conditioning_without_time_has_no_fourier_parameters():
   single, inputs = jnp.ones((4, 3)), jnp.ones((4, 7))
 
   def run(time):
-    return sa.SingleConditioning(dim_fourier=6)(single, inputs, time)
+    return sa.boltz.SingleConditioning(dim_fourier=6)(single, inputs, time)
 
   timed = hk.without_apply_rng(hk.transform(lambda: run(jnp.array(0.5))))
   params = timed.init(jax.random.key(0))
@@ -113,7 +115,7 @@ def test_fresh_pairwise_conditioning_is_its_projection():
   """The last layer of each transition starts at zero."""
   pair, relative = jnp.ones((4, 4, 3)), jnp.zeros((4, 4, 3))
   run = hk.without_apply_rng(
-    hk.transform(lambda: sa.PairwiseConditioning()(pair, relative))
+    hk.transform(lambda: sa.boltz.PairwiseConditioning()(pair, relative))
   )
   params = run.init(jax.random.key(0))
   x = np.concatenate([pair, relative], -1)
@@ -123,6 +125,6 @@ def test_fresh_pairwise_conditioning_is_its_projection():
     run.apply(params), x @ np.asarray(weights), atol=1e-5
   )
   with pytest.raises(ValueError, match='relative_position: expected shape'):
-    hk.transform(lambda: sa.PairwiseConditioning()(pair, relative[:3])).init(
-      jax.random.key(0)
-    )
+    hk.transform(
+      lambda: sa.boltz.PairwiseConditioning()(pair, relative[:3])
+    ).init(jax.random.key(0))

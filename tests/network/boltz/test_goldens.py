@@ -11,10 +11,10 @@ import jax
 import numpy as np
 import pytest
 
-from structattn_jax import replay
-from structattn_jax.replay import boltz_atom_encoder
+from structattn_jax import verification as replay
+from structattn_jax.verification import boltz as boltz_atom_encoder
 
-GOLDENS = pathlib.Path(__file__).parents[1] / 'goldens' / 'boltz_atom_encoder'
+GOLDENS = pathlib.Path(__file__).parents[2] / 'goldens' / 'boltz_atom_encoder'
 CASES = (
   'conditioning',
   'v1_input_embedder',

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from structattn_jax.kernels import boltz_pair_bias as kernel
+from structattn_jax.network.boltz import pair_bias as kernel
 
 C_PAIR, C_Z, HEADS = 4, 5, (2, 1)
 

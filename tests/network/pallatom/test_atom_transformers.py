@@ -12,13 +12,12 @@ import numpy as np
 import pytest
 
 import structattn_jax as sa
-from structattn_jax import systems
-from structattn_jax.components import neighbour_plan
-from structattn_jax.reference import pallatom_atom_transformers as reference
-from structattn_jax.replay import torch_names
+from structattn_jax.network.pallatom import neighbour_plan
+from structattn_jax.reference import pallatom as reference
+from structattn_jax.verification import systems, torch_names
 
 GOLDENS = (
-  pathlib.Path(__file__).parents[1] / 'goldens' / 'pallatom_atom_transformers'
+  pathlib.Path(__file__).parents[2] / 'goldens' / 'pallatom_atom_transformers'
 )
 # Compiles in half the time.
 QUICK = {'xla_backend_optimization_level': 0}
@@ -30,10 +29,10 @@ TOKENS = np.repeat(
   np.array([0, 1, 2, 3, 5, 6, 7], np.int32), [2, 5, 3, 4, 6, 1, 3]
 )
 N_TOKEN = 8
-ENCODER_CONFIG = sa.AtomFeatureEncoderConfig(
+ENCODER_CONFIG = sa.pallatom.AtomFeatureEncoderConfig(
   c_atom=8, c_pair=4, c_out=6, num_block=2, num_head=2, window_size=WINDOW
 )
-DECODER_CONFIG = sa.AtomAttentionDecoderConfig(
+DECODER_CONFIG = sa.pallatom.AtomAttentionDecoderConfig(
   num_block=2, num_head=2, window_size=WINDOW
 )
 
@@ -59,7 +58,7 @@ def encoder_inputs(n_atom=24, dtype='float32', seed=0):
 
 def decoder_inputs(n_atom=24, dtype='float32', seed=0):
   rng = np.random.default_rng(seed)
-  n_nbr = sa.required_neighbours(TOKENS, WINDOW)
+  n_nbr = sa.pallatom.required_neighbours(TOKENS, WINDOW)
 
   def normal(*shape):
     return rng.standard_normal(shape).astype(dtype)
@@ -77,9 +76,9 @@ def decoder_inputs(n_atom=24, dtype='float32', seed=0):
 def apply_of(kind, **changes):
   if kind == 'encoder':
     config = dataclasses.replace(ENCODER_CONFIG, **changes)
-    return sa.transform_atom_feature_encoder(config)
+    return sa.pallatom.transform_atom_feature_encoder(config)
   config = dataclasses.replace(DECODER_CONFIG, **changes)
-  return sa.transform_atom_attention_decoder(config)
+  return sa.pallatom.transform_atom_attention_decoder(config)
 
 
 INPUTS = {'encoder': encoder_inputs, 'decoder': decoder_inputs}
@@ -112,9 +111,9 @@ def cast(tree, dtype):
 
 
 def dense_output(out, tok_idx=TOKENS):
-  if not isinstance(out, sa.PairSkip) and hasattr(out, 'p_skip'):
-    pairs = sa.build_sparse_pairs(tok_idx, WINDOW)
-    if isinstance(out.p_skip, sa.PairSkip):
+  if not isinstance(out, sa.pallatom.PairSkip) and hasattr(out, 'p_skip'):
+    pairs = sa.pallatom.build_sparse_pairs(tok_idx, WINDOW)
+    if isinstance(out.p_skip, sa.pallatom.PairSkip):
       out = out._replace(p_skip=out.p_skip.dense(*pairs))
   return out
 
@@ -125,7 +124,7 @@ def forward(kind, form, n_arguments=0):
   del n_arguments
   changes = {'implementation': form}
   if form == 'dense' and kind == 'encoder':
-    changes['max_neighbours'] = sa.required_neighbours(TOKENS, WINDOW)
+    changes['max_neighbours'] = sa.pallatom.required_neighbours(TOKENS, WINDOW)
   apply = apply_of(kind, **changes).apply
 
   def fn(params, inputs, tok_idx, extra):
@@ -138,7 +137,7 @@ def forward(kind, form, n_arguments=0):
 def run(kind, form, inputs, tok_idx=TOKENS, params=None, **extra):
   if form == 'lean' and 'plan' not in extra:
     shared = tok_idx[0] if tok_idx.ndim == 2 else tok_idx
-    extra['plan'] = sa.plan_neighbours(shared, WINDOW)
+    extra['plan'] = sa.pallatom.plan_neighbours(shared, WINDOW)
   params = params_of(kind) if params is None else params
   return forward(kind, form)(params, inputs, tok_idx, extra)
 
@@ -196,23 +195,23 @@ def test_golden_float64_matches(name, form):
   }
   if name.startswith('encoder'):
     sizes = {'c_atom': config['m'], 'c_pair': config['d'], 'c_out': config['c']}
-    transformed = sa.transform_atom_feature_encoder(
-      sa.AtomFeatureEncoderConfig(**sizes, **shared)
+    transformed = sa.pallatom.transform_atom_feature_encoder(
+      sa.pallatom.AtomFeatureEncoderConfig(**sizes, **shared)
     )
     scope = ENCODER
   else:
-    transformed = sa.transform_atom_attention_decoder(
-      sa.AtomAttentionDecoderConfig(**shared)
+    transformed = sa.pallatom.transform_atom_attention_decoder(
+      sa.pallatom.AtomAttentionDecoderConfig(**shared)
     )
     scope = DECODER
   inputs = parts['inputs']
   tok_idx = inputs.pop('tok_idx')
-  pairs = sa.build_sparse_pairs(tok_idx[0], config['window_size'])
+  pairs = sa.pallatom.build_sparse_pairs(tok_idx[0], config['window_size'])
 
   @functools.partial(jax.jit, compiler_options=QUICK)
   def fn(params, inputs):
     out = transformed.apply(params, **inputs, tok_idx=tok_idx)._asdict()
-    if isinstance(out.get('p_skip'), sa.PairSkip):
+    if isinstance(out.get('p_skip'), sa.pallatom.PairSkip):
       out['p_skip'] = out['p_skip'].dense(*pairs)
     return out
 
@@ -334,14 +333,14 @@ def test_parameter_counts_and_names_are_upstreams():
     'r_scaled': jnp.zeros((n_atom, 3)),
   }
   tok_idx = np.repeat(np.arange(n_token), 5)
-  encoder = sa.transform_atom_feature_encoder()
+  encoder = sa.pallatom.transform_atom_feature_encoder()
   made = jax.eval_shape(
     lambda: encoder.init(jax.random.key(0), **shapes, tok_idx=tok_idx)
   )
   assert sum(x.size for x in jax.tree.leaves(made)) == 473_360
   assert 'atom_feature_encoder/mlp_p_6' in made
   assert 'atom_feature_encoder/transformer/blocks_1/norm_pair' in made
-  decoder = sa.transform_atom_attention_decoder()
+  decoder = sa.pallatom.transform_atom_attention_decoder()
   made = jax.eval_shape(
     lambda: decoder.init(
       jax.random.key(0),
@@ -367,7 +366,7 @@ def test_decoder_takes_the_separable_p_skip(form):
     .p_skip
   )
   inputs = decoder_inputs()
-  inputs['p_skip'] = skip.dense(*sa.build_sparse_pairs(TOKENS, WINDOW))
+  inputs['p_skip'] = skip.dense(*sa.pallatom.build_sparse_pairs(TOKENS, WINDOW))
   want = oracle('decoder', jax.tree.map(np.asarray, inputs))
   inputs['p_skip'] = skip
   apply = apply_of('decoder', implementation=form).apply
@@ -422,7 +421,7 @@ def test_unsorted_tokens_are_right_without_asking(kind):
 @pytest.mark.parametrize('query_block', [1, 4, 64])
 def test_query_blocks_give_the_same_numbers(query_block):
   inputs = decoder_inputs()
-  plan = sa.plan_neighbours(TOKENS, WINDOW, query_block=query_block)
+  plan = sa.pallatom.plan_neighbours(TOKENS, WINDOW, query_block=query_block)
   assert plan.sizes.n_query == min(query_block, 24)
   got = run('decoder', 'lean', inputs, plan=plan)
   assert_close(got, oracle('decoder', inputs), 5e-6)
@@ -431,7 +430,7 @@ def test_query_blocks_give_the_same_numbers(query_block):
 def test_proteins_padded_to_the_same_sizes_share_one_compilation():
   others = [np.arange(24) // 3, np.sort(np.arange(24) % N_TOKEN) // 2 * 2]
   tokens = [TOKENS, *others]
-  first, *rest = [sa.plan_neighbours(t, WINDOW).sizes for t in tokens]
+  first, *rest = [sa.pallatom.plan_neighbours(t, WINDOW).sizes for t in tokens]
   sizes = first.union(*rest)
   assert sizes != first
   n_nbr = sizes.n_nbr
@@ -447,10 +446,10 @@ def test_proteins_padded_to_the_same_sizes_share_one_compilation():
     traces.append(1)
     return apply(params, **inputs, tok_idx=tok_idx, plan=plan)
 
-  plans = [sa.plan_neighbours(t, WINDOW, sizes=sizes) for t in tokens]
+  plans = [sa.pallatom.plan_neighbours(t, WINDOW, sizes=sizes) for t in tokens]
   for tok_idx, plan in zip(tokens, plans, strict=True):
     got = fn(params_of('decoder'), tok_idx, plan)
-    needed = sa.required_neighbours(tok_idx, WINDOW)
+    needed = sa.pallatom.required_neighbours(tok_idx, WINDOW)
     cut = inputs | {'p_skip': inputs['p_skip'][:, :needed]}
     want = oracle('decoder', cut, tok_idx)
     assert not np.any(got.p[:, needed:])
@@ -501,7 +500,7 @@ def test_padding_atoms_change_no_real_atom(kind):
       value = np.concatenate([value, 100 + value[:6]])
     padded[name] = value
   tok_idx = np.append(TOKENS, [7] * 6)
-  n_nbr = sa.required_neighbours(tok_idx, WINDOW)
+  n_nbr = sa.pallatom.required_neighbours(tok_idx, WINDOW)
   if kind == 'decoder':
     extra = n_nbr - padded['p_skip'].shape[1]
     padded['p_skip'] = np.pad(padded['p_skip'], ((0, 0), (0, extra), (0, 0)))
@@ -510,7 +509,7 @@ def test_padding_atoms_change_no_real_atom(kind):
   )
   for name, got, expected in zip(out._fields, out, want, strict=True):
     if name == 'p_skip':
-      got = got.dense(*sa.build_sparse_pairs(tok_idx, WINDOW))
+      got = got.dense(*sa.pallatom.build_sparse_pairs(tok_idx, WINDOW))
     if name in ('p', 'p_skip'):
       got = got[:, : expected.shape[1]]
     got = got if name == 's_i' else got[:24]
@@ -545,15 +544,15 @@ def test_extreme_windows_match_oracle(window_size, kind, form):
   """No neighbours at all, the own token only, everything."""
   inputs = INPUTS[kind]()
   if kind == 'decoder':
-    n_nbr = sa.required_neighbours(TOKENS, window_size)
+    n_nbr = sa.pallatom.required_neighbours(TOKENS, window_size)
     inputs['p_skip'] = np.ones((24, n_nbr, 4), np.float32)
   apply = apply_of(kind, window_size=window_size, implementation=form).apply
 
   @functools.partial(jax.jit, compiler_options=QUICK)
   def fn(params):
     out = apply(params, **inputs, tok_idx=TOKENS)._asdict()
-    if isinstance(out.get('p_skip'), sa.PairSkip):
-      pairs = sa.build_sparse_pairs(TOKENS, window_size)
+    if isinstance(out.get('p_skip'), sa.pallatom.PairSkip):
+      pairs = sa.pallatom.build_sparse_pairs(TOKENS, window_size)
       out['p_skip'] = out['p_skip'].dense(*pairs)
     return list(out.values())
 
@@ -584,7 +583,7 @@ def test_scan_and_remat_of_a_chain_equal_calls():
   base = {name: x for name, x in base.items() if name != 'c'}
 
   def step(c):
-    return sa.AtomAttentionDecoder(DECODER_CONFIG)(
+    return sa.pallatom.AtomAttentionDecoder(DECODER_CONFIG)(
       **base, c=c, tok_idx=TOKENS
     ).c_out
 
@@ -641,10 +640,10 @@ def test_no_array_over_atoms_and_neighbours_exists():
   floats = {k: v for k, v in inputs.items() if k != 'ref_space_uid'}
 
   def largest(form):
-    config = sa.AtomFeatureEncoderConfig(
+    config = sa.pallatom.AtomFeatureEncoderConfig(
       c_atom=8, c_pair=4, c_out=6, num_head=2, implementation=form
     )
-    transformed = sa.transform_atom_feature_encoder(config)
+    transformed = sa.pallatom.transform_atom_feature_encoder(config)
     params = jax.eval_shape(
       lambda: transformed.init(jax.random.key(0), **inputs, tok_idx=tok_idx)
     )
@@ -656,7 +655,7 @@ def test_no_array_over_atoms_and_neighbours_exists():
     jaxpr = jax.make_jaxpr(jax.grad(loss, (0, 1)))(params, floats)
     return largest_array(jaxpr.jaxpr)
 
-  per_pair = n_atom * sa.required_neighbours(tok_idx)
+  per_pair = n_atom * sa.pallatom.required_neighbours(tok_idx)
   assert largest('dense') >= 4 * per_pair
   assert largest('lean') < per_pair / 4
 
@@ -713,7 +712,10 @@ def test_traced_indices_without_a_plan_name_what_is_missing():
       },
       'ref_pos: atoms are grouped',
     ),
-    ({'plan': sa.plan_neighbours(TOKENS[1:], WINDOW)}, 'plan: made for 23'),
+    (
+      {'plan': sa.pallatom.plan_neighbours(TOKENS[1:], WINDOW)},
+      'plan: made for 23',
+    ),
   ],
 )
 def test_wrong_encoder_input_raises_and_names_it(change, message):
@@ -731,7 +733,7 @@ def test_wrong_decoder_input_raises_and_names_it():
   dense = apply_of('decoder', implementation='dense').apply
   with pytest.raises(ValueError, match=r'give max_neighbours=1\d'):
     dense(params_of('decoder'), **short, tok_idx=TOKENS)
-  plan = sa.plan_neighbours(TOKENS, WINDOW)
+  plan = sa.pallatom.plan_neighbours(TOKENS, WINDOW)
   with pytest.raises(ValueError, match='plan: expected none with'):
     dense(params_of('decoder'), **inputs, tok_idx=TOKENS, plan=plan)
   with pytest.raises(TypeError, match='c: expected floating'):
@@ -750,16 +752,16 @@ def test_wrong_decoder_input_raises_and_names_it():
 
 def test_plan_rejects_what_it_cannot_serve():
   with pytest.raises(ValueError, match='tok_idx: promised sorted, but 7'):
-    sa.plan_neighbours(TOKENS[::-1], WINDOW)
+    sa.pallatom.plan_neighbours(TOKENS[::-1], WINDOW)
   with pytest.raises(ValueError, match='tok_idx: plan_neighbours runs on the'):
-    jax.jit(lambda t: sa.plan_neighbours(t).row)(TOKENS)
-  sizes = sa.plan_neighbours(TOKENS, WINDOW).sizes
+    jax.jit(lambda t: sa.pallatom.plan_neighbours(t).row)(TOKENS)
+  sizes = sa.pallatom.plan_neighbours(TOKENS, WINDOW).sizes
   with pytest.raises(ValueError, match=rf'give n_key={sizes.n_key} or more'):
-    sa.plan_neighbours(TOKENS, WINDOW, sizes=sizes._replace(n_key=3))
+    sa.pallatom.plan_neighbours(TOKENS, WINDOW, sizes=sizes._replace(n_key=3))
   with pytest.raises(ValueError, match='must not exceed n_atom=24'):
-    sa.plan_neighbours(TOKENS, WINDOW, sizes=sizes._replace(n_key=25))
+    sa.pallatom.plan_neighbours(TOKENS, WINDOW, sizes=sizes._replace(n_key=25))
   with pytest.raises(ValueError, match='query_block: expected at least 1'):
-    sa.plan_neighbours(TOKENS, WINDOW, query_block=0)
+    sa.pallatom.plan_neighbours(TOKENS, WINDOW, query_block=0)
 
 
 @pytest.mark.parametrize('seed', range(4))
@@ -768,7 +770,7 @@ def test_plan_covers_every_pair_once(seed):
   rng = np.random.default_rng(seed)
   tok_idx = np.sort(rng.integers(0, 40, 30) * rng.integers(1, 3))
   window = int(rng.integers(0, 12))
-  plan = sa.plan_neighbours(
+  plan = sa.pallatom.plan_neighbours(
     tok_idx, window, query_block=int(rng.integers(1, 9))
   )
   near = np.abs(tok_idx[:, None] - tok_idx) < window // 2
@@ -786,7 +788,7 @@ def test_plan_covers_every_pair_once(seed):
 
 
 def test_build_sparse_pairs_on_the_host_is_upstreams():
-  index, valid = sa.build_sparse_pairs(np.array([5, 0, 5, 9]), 8)
+  index, valid = sa.pallatom.build_sparse_pairs(np.array([5, 0, 5, 9]), 8)
   assert isinstance(index, np.ndarray)
   assert index.dtype == np.int64
   assert valid.dtype == bool
@@ -795,14 +797,16 @@ def test_build_sparse_pairs_on_the_host_is_upstreams():
 
 
 def test_build_sparse_pairs_too_small_raises_the_number_under_jit():
-  build = jax.jit(lambda t: sa.build_sparse_pairs(t, WINDOW, max_neighbours=5))
-  needed = sa.required_neighbours(TOKENS, WINDOW)
+  build = jax.jit(
+    lambda t: sa.pallatom.build_sparse_pairs(t, WINDOW, max_neighbours=5)
+  )
+  needed = sa.pallatom.required_neighbours(TOKENS, WINDOW)
   with pytest.raises(
     jax.errors.JaxRuntimeError, match=f'give max_neighbours={needed}'
   ):
     jax.block_until_ready(build(TOKENS))
   fits = np.arange(24)
   index, valid = build(fits)
-  want = sa.build_sparse_pairs(fits, WINDOW)
+  want = sa.pallatom.build_sparse_pairs(fits, WINDOW)
   np.testing.assert_array_equal(index, want[0])
   np.testing.assert_array_equal(valid, want[1])

@@ -9,12 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from structattn_jax import systems, testing
-from structattn_jax.kernels import sedd_dual_track as kernel
-from structattn_jax.network import sedd_dual_track as network
-from structattn_jax.reference import sedd_dual_track as reference
+from structattn_jax import testing
+from structattn_jax.discrete_diffusion import prepared_network as kernel
+from structattn_jax.network.sedd import dual_track as network
+from structattn_jax.reference import sedd as reference
+from structattn_jax.verification import systems
 
-CONFIGS = pathlib.Path(__file__).parents[2] / 'configs'
+CONFIGS = pathlib.Path(__file__).parents[3] / 'configs'
 CONFIG = network.DualTrackConfig(
   hidden_size=12,
   num_head=3,

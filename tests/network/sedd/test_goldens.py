@@ -9,11 +9,11 @@ import jax
 import numpy as np
 import pytest
 
-from structattn_jax import replay
-from structattn_jax.replay import golden as golden_lib
-from structattn_jax.replay import sedd
+from structattn_jax import verification as replay
+from structattn_jax.verification import golden as golden_lib
+from structattn_jax.verification import sedd
 
-GOLDENS = pathlib.Path(__file__).parents[1] / 'goldens/sedd_protein_ligand'
+GOLDENS = pathlib.Path(__file__).parents[2] / 'goldens/sedd_protein_ligand'
 FILES = (
   'dual_components',
   'dual_modes',

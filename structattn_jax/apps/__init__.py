@@ -1,0 +1,1 @@
+"""What the command line runs: demo, pictures, samples of trained models."""

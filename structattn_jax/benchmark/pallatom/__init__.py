@@ -1,0 +1,1 @@
+"""Pallatom: ours and the published form, in JAX and PyTorch."""

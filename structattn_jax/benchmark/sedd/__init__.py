@@ -1,0 +1,1 @@
+"""SEDD: ours and the repaired PyTorch code."""

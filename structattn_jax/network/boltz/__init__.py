@@ -1,0 +1,51 @@
+"""Boltz-1 and Boltz-2: atom attention and what conditions it."""
+
+from structattn_jax.network.boltz.atom_attention import (
+  BoltzAtomAttention,
+  BoltzAtomContext,
+  BoltzAtomEncoderOutput,
+  transform_boltz_atom_attention,
+)
+from structattn_jax.network.boltz.conditioning import (
+  FourierEmbedding,
+  PairwiseConditioning,
+  RelativePositionConfig,
+  RelativePositionEncoder,
+  SingleConditioning,
+  noise_time,
+)
+from structattn_jax.network.boltz.features import (
+  Boltz1AtomAttentionConfig,
+  Boltz2AtomAttentionConfig,
+  BoltzAtomFeatures,
+)
+from structattn_jax.network.boltz.modules import (
+  Boltz1AtomAttentionDecoder,
+  Boltz1AtomAttentionEncoder,
+  Boltz2AtomAttentionDecoder,
+  Boltz2AtomAttentionEncoder,
+  Boltz2AtomEncoder,
+  Boltz2DiffusionConditioning,
+)
+
+__all__ = [
+  'Boltz1AtomAttentionConfig',
+  'Boltz1AtomAttentionDecoder',
+  'Boltz1AtomAttentionEncoder',
+  'Boltz2AtomAttentionConfig',
+  'Boltz2AtomAttentionDecoder',
+  'Boltz2AtomAttentionEncoder',
+  'Boltz2AtomEncoder',
+  'Boltz2DiffusionConditioning',
+  'BoltzAtomAttention',
+  'BoltzAtomContext',
+  'BoltzAtomEncoderOutput',
+  'BoltzAtomFeatures',
+  'FourierEmbedding',
+  'PairwiseConditioning',
+  'RelativePositionConfig',
+  'RelativePositionEncoder',
+  'SingleConditioning',
+  'noise_time',
+  'transform_boltz_atom_attention',
+]

@@ -1,0 +1,1 @@
+"""Oracles of AlphaFold 2: attention and structure module."""

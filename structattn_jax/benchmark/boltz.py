@@ -32,6 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from structattn_jax.benchmark import harness
+from structattn_jax.components import functional
 from structattn_jax.components import parameters as pm
 from structattn_jax.network.boltz import atom_attention as be
 from structattn_jax.network.boltz import parameters as bp
@@ -302,7 +303,7 @@ def _published_shared(params, features, single, pair):
     ],
     -1,
   )
-  q = c = bt.linear(own, 'embed_atom_features', c)
+  q = c = functional.linear(own, 'embed_atom_features', c)
 
   def pairs(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     return x.reshape(n_window, 32, 1, -1), _to_keys(x)[:, None]
@@ -313,12 +314,12 @@ def _published_shared(params, features, single, pair):
   a, b = pairs(mask)
   c_uid, d_uid = pairs(features.ref_space_uid[:, None].astype(mask.dtype))
   v = a * b * (c_uid == d_uid)
-  p = bt.linear(own, 'embed_atompair_ref_pos', d) * v
-  p = p + bt.linear(own, 'embed_atompair_ref_dist', closeness) * v
-  p = p + bt.linear(own, 'embed_atompair_mask', v) * v
+  p = functional.linear(own, 'embed_atompair_ref_pos', d) * v
+  p = p + functional.linear(own, 'embed_atompair_ref_dist', closeness) * v
+  p = p + functional.linear(own, 'embed_atompair_mask', v) * v
   if single is not None:
-    s = bt.layer_norm(own, 's_to_c_trans_0', single)
-    c = c + tokens @ bt.linear(own, 's_to_c_trans_1', s)
+    s = functional.layer_norm(own, 's_to_c_trans_0', single)
+    c = c + tokens @ functional.linear(own, 's_to_c_trans_1', s)
     z = bt.pair_bias(own, 'z_to_p_trans', pair)
     p = p + jnp.einsum(
       'ijd,wki,wlj->wkld',
@@ -327,11 +328,11 @@ def _published_shared(params, features, single, pair):
       _to_keys(tokens),
     )
   a, b = pairs(c)
-  p = p + bt.linear(own, 'c_to_p_trans_q_1', jax.nn.relu(a))
-  p = p + bt.linear(own, 'c_to_p_trans_k_1', jax.nn.relu(b))
+  p = p + functional.linear(own, 'c_to_p_trans_q_1', jax.nn.relu(a))
+  p = p + functional.linear(own, 'c_to_p_trans_k_1', jax.nn.relu(b))
   hidden = p
   for i in (1, 3, 5):
-    hidden = bt.linear(own, f'p_mlp_{i}', jax.nn.relu(hidden))
+    hidden = functional.linear(own, f'p_mlp_{i}', jax.nn.relu(hidden))
   p = p + hidden
   biases = [
     jnp.moveaxis(bt.pair_bias(layer, 'pair_bias_attn/proj_z', p), -1, 1)
@@ -356,16 +357,18 @@ def _published_transformer(params, q, c, biases, mask):
     def heads(x: jax.Array) -> jax.Array:
       return x.reshape(n_window, x.shape[1], n_head, -1)
 
-    query = heads(bt.linear(attention, 'proj_q', windows(b)))
-    key = heads(bt.linear(attention, 'proj_k', keys))
-    value = heads(bt.linear(attention, 'proj_v', keys))
+    query = heads(functional.linear(attention, 'proj_q', windows(b)))
+    key = heads(functional.linear(attention, 'proj_k', keys))
+    value = heads(functional.linear(attention, 'proj_v', keys))
     logits = jnp.einsum('wihd,wjhd->whij', query, key)
     logits = logits / query.shape[-1] ** 0.5 + bias
     logits = logits + (1 - is_key[:, None, None]) * -1e6
     out = jnp.einsum('whij,wjhd->wihd', jax.nn.softmax(logits), value)
-    gate = jax.nn.sigmoid(bt.linear(attention, 'proj_g', b))
-    out = bt.linear(attention, 'proj_o', gate * out.reshape(b.shape))
-    scale = jax.nn.sigmoid(bt.linear(own, 'output_projection_linear', c))
+    gate = jax.nn.sigmoid(functional.linear(attention, 'proj_g', b))
+    out = functional.linear(attention, 'proj_o', gate * out.reshape(b.shape))
+    scale = jax.nn.sigmoid(
+      functional.linear(own, 'output_projection_linear', c)
+    )
     q = q + scale * out
     q = q + bt.conditioned_transition(pm.below(own, 'transition/'), q, c)
   return q
@@ -375,10 +378,10 @@ def _published_encode(params, features, shared, positions):
   own = pm.below(params, 'atom_attention_encoder/')
   q, c, biases = shared
   if positions is not None:
-    q = q + bt.linear(own, 'r_to_q_trans', positions)
+    q = q + functional.linear(own, 'r_to_q_trans', positions)
   stack = pm.below(own, 'atom_encoder/diffusion_transformer/')
   q = _published_transformer(stack, q, c, biases, features.atom_mask)
-  act = jax.nn.relu(bt.linear(own, 'atom_to_token_trans_0', q))
+  act = jax.nn.relu(functional.linear(own, 'atom_to_token_trans_0', q))
   tokens = _one_hot_tokens(features)
   mean = tokens / (jnp.sum(tokens, 0) + 1e-6)
   return mean.T @ act, q
@@ -387,12 +390,12 @@ def _published_encode(params, features, shared, positions):
 def _published_decode(params, features, shared, token_act):
   own = pm.below(params, 'atom_attention_decoder/')
   q, c, biases = shared
-  act = bt.linear(own, 'a_to_q_trans', token_act)
+  act = functional.linear(own, 'a_to_q_trans', token_act)
   q = q + _one_hot_tokens(features) @ act
   stack = pm.below(own, 'atom_decoder/diffusion_transformer/')
   q = _published_transformer(stack, q, c, biases, features.atom_mask)
-  q = bt.layer_norm(own, 'atom_feat_to_atom_pos_update_0', q)
-  return bt.linear(own, 'atom_feat_to_atom_pos_update_1', q)
+  q = functional.layer_norm(own, 'atom_feat_to_atom_pos_update_0', q)
+  return functional.linear(own, 'atom_feat_to_atom_pos_update_1', q)
 
 
 # The published torch modules.

@@ -18,12 +18,6 @@ import numpy as np
 ChunkFunction = Callable[[Any, Any, Any, Any], Any]
 
 
-def largest_divisor(size: int, at_most: int) -> int:
-  """The largest divisor of `size` up to `at_most`, at least 1."""
-  candidates = range(max(1, min(size, at_most)), 0, -1)
-  return next(d for d in candidates if size % d == 0)
-
-
 def whole_map(
   fn: ChunkFunction,
   window: int | None,

@@ -22,26 +22,7 @@ import numpy as np
 from structattn_jax.common import numerics
 
 # On CPU the logits of so many windows stay in cache.
-_CPU_WINDOWS = 8
-
-
-def windows_per_chunk(n_window: int, chunk: int | None = None) -> int:
-  """How many windows to work on at a time.
-
-  Args:
-    n_window: number of windows.
-    chunk: at most so many; None: 8 on CPU, where they stay in cache, else all.
-
-  Returns:
-    The largest divisor of `n_window` that is allowed.
-  """
-  if chunk is None:
-    chunk = _CPU_WINDOWS if jax.default_backend() == 'cpu' else n_window
-  return next(
-    size
-    for size in range(max(1, min(chunk, n_window)), 0, -1)
-    if n_window % size == 0
-  )
+CPU_WINDOWS = 8
 
 
 def attend(

@@ -30,6 +30,7 @@ import jax.numpy as jnp
 
 from structattn_jax import geometry
 from structattn_jax.common import base_config, checks, numerics
+from structattn_jax.components import functional
 from structattn_jax.components import haiku_modules as hm
 from structattn_jax.network.alphafold2 import all_atom, residue_constants
 from structattn_jax.network.alphafold2 import (
@@ -390,7 +391,7 @@ class FoldIteration(hk.Module):
       pair_gradient=pair_gradient,
     )
     act += cast(jax.Array, update)
-    act = _dropout(keys[0], config.dropout, act)
+    act = functional.dropout(keys[0], config.dropout, act)
     act = hm.LayerNorm(name='attention_layer_norm')(act)
 
     # Lines 8-9.
@@ -404,7 +405,7 @@ class FoldIteration(hk.Module):
       )(hidden)
       if not is_last:
         hidden = jax.nn.relu(hidden)
-    act = _dropout(keys[1], config.dropout, act + hidden)
+    act = functional.dropout(keys[1], config.dropout, act + hidden)
     act = hm.LayerNorm(name='transition_layer_norm')(act)
 
     # Line 10.
@@ -563,13 +564,6 @@ def _stop_rotation_gradient(frames: Frames) -> Frames:
 
 def _scale_translation(frames: Frames, scale: float) -> Frames:
   return dataclasses.replace(frames, translation=frames.translation * scale)
-
-
-def _dropout(key: jax.Array | None, rate: float, x: jax.Array) -> jax.Array:
-  if key is None:
-    return x
-  keep = jax.random.bernoulli(key, 1 - rate, x.shape)
-  return jnp.where(keep, x / (1 - rate), 0)
 
 
 def _numbered(name: str, index: int) -> str:

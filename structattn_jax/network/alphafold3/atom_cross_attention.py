@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from structattn_jax.components import functional
 from structattn_jax.components import parameters as pm
 from structattn_jax.components.parameters import Params
 from structattn_jax.network.alphafold3 import atom_layout
@@ -58,7 +59,7 @@ def encoder(
   mask = jnp.asarray(batch.pred_dense_atom_mask)
 
   def linear(leaf: str, x: jax.Array, precision: Any = None) -> jax.Array:
-    return dt.linear(params, x, f'{name}_{leaf}', precision)
+    return functional.linear(params, f'{name}_{leaf}', x, precision)
 
   def from_dense(x: jax.Array) -> jax.Array:
     dense = Arranged(jnp.asarray(x), 'token_atoms')
@@ -85,8 +86,8 @@ def encoder(
   if trunk_single_cond is not None:
     by_token = linear(
       'embed_trunk_single_cond',
-      dt.scaled_layer_norm(
-        params, trunk_single_cond, f'{name}_lnorm_trunk_single_cond'
+      functional.layer_norm(
+        params, f'{name}_lnorm_trunk_single_cond', trunk_single_cond
       ),
       'highest',
     )
@@ -105,8 +106,8 @@ def encoder(
   if trunk_pair_cond is not None:
     embedded = linear(
       'embed_trunk_pair_cond',
-      dt.scaled_layer_norm(
-        params, trunk_pair_cond, f'{name}_lnorm_trunk_pair_cond'
+      functional.layer_norm(
+        params, f'{name}_lnorm_trunk_pair_cond', trunk_pair_cond
       ),
       'highest',
     )
@@ -173,8 +174,8 @@ def decoder(
 ) -> jax.Array:
   """Alg. 6 as published; arguments as `atom_cross_att_decoder`."""
   gathers = batch.atom_cross_att
-  by_token = dt.linear(
-    params, token_act, f'{name}_project_token_features_for_broadcast'
+  by_token = functional.linear(
+    params, f'{name}_project_token_features_for_broadcast', token_act
   )
   shape = (*batch.pred_dense_atom_mask.shape, by_token.shape[-1])
   dense = Arranged(jnp.broadcast_to(by_token[:, None], shape), 'token_atoms')
@@ -195,11 +196,11 @@ def decoder(
     f'{name}_atom_transformer_decoder',
     padded_keys,
   )
-  act = dt.scaled_layer_norm(
-    params, act * keep, f'{name}_atom_features_layer_norm'
+  act = functional.layer_norm(
+    params, f'{name}_atom_features_layer_norm', act * keep
   )
-  update = dt.linear(
-    params, act, f'{name}_atom_features_to_position_update', 'highest'
+  update = functional.linear(
+    params, f'{name}_atom_features_to_position_update', act, 'highest'
   )
   return atom_layout.convert(
     gathers.queries_to_token_atoms, Arranged(update, 'queries')

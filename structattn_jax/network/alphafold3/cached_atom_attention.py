@@ -14,8 +14,13 @@ import jax
 import jax.numpy as jnp
 
 from structattn_jax.common import base_config, checks, numerics
+from structattn_jax.components import (
+  functional,
+  mapping,
+  segment,
+  windowed_attention,
+)
 from structattn_jax.components import haiku_modules as hm
-from structattn_jax.components import mapping, segment, windowed_attention
 from structattn_jax.components import parameters as pm
 from structattn_jax.components.parameters import Params
 from structattn_jax.network.alphafold3 import atom_cross_attention as published
@@ -228,11 +233,11 @@ def precompute(
   # Lines 1 and 2: atoms from the conformer, tokens from the trunk.
   single = _atom_features(params, plan, ref, name, config.window_chunk)
   if trunk_single_cond is not None:
-    normalised = dt.scaled_layer_norm(
-      params, trunk_single_cond, f'{name}_lnorm_trunk_single_cond'
+    normalised = functional.layer_norm(
+      params, f'{name}_lnorm_trunk_single_cond', trunk_single_cond
     )
-    by_token = dt.linear(
-      params, normalised, f'{name}_embed_trunk_single_cond', 'highest'
+    by_token = functional.linear(
+      params, f'{name}_embed_trunk_single_cond', normalised, 'highest'
     )
     single += by_token[plan.token_index]
   single = jnp.where(plan.atom_mask[:, None], single, 0)
@@ -314,8 +319,8 @@ def encode(
   if positions is not None:
     pm.module(params, f'{name}_atom_positions_to_features', 'positions')
     positions = jnp.where(keep, positions, 0)
-    noisy = dt.linear(
-      params, positions, f'{name}_atom_positions_to_features', 'highest'
+    noisy = functional.linear(
+      params, f'{name}_atom_positions_to_features', positions, 'highest'
     )
     act += noisy.astype(act.dtype)
   act = _transform(params, conditioning, act, config, name, 'encoder')
@@ -373,16 +378,16 @@ def decode(
     'floating', token_act=token_act, skip_connection=skip_connection
   )
   keep = plan.atom_mask[:, None]
-  by_token = dt.linear(
-    params, token_act, f'{name}_project_token_features_for_broadcast'
+  by_token = functional.linear(
+    params, f'{name}_project_token_features_for_broadcast', token_act
   )
   by_atom = by_token[plan.token_index].astype(skip_connection.dtype)
   act = jnp.where(keep, by_atom + skip_connection, 0)
   act = _transform(params, conditioning, act, config, name, 'decoder')
   act = numerics.at_least_float32(jnp.where(keep, act, 0))
-  act = dt.scaled_layer_norm(params, act, f'{name}_atom_features_layer_norm')
-  update = dt.linear(
-    params, act, f'{name}_atom_features_to_position_update', 'highest'
+  act = functional.layer_norm(params, f'{name}_atom_features_layer_norm', act)
+  update = functional.linear(
+    params, f'{name}_atom_features_to_position_update', act, 'highest'
   )
   return jnp.where(keep, update, 0)
 
@@ -842,7 +847,9 @@ def _atom_features(
   )
   found = mapping.chunked_map(
     _embed_atoms,
-    windowed_attention.windows_per_chunk(plan.n_window, chunk),
+    functional.chunk_size(
+      plan.n_window, chunk, on_cpu=windowed_attention.CPU_WINDOWS
+    ),
     None,
     weights,
     None,
@@ -892,7 +899,7 @@ def _token_mean(
   activations of atoms or tokens.
   """
   channels, c_token = weights.shape
-  width = mapping.largest_divisor(c_token, channels)
+  width = functional.largest_divisor(c_token, channels)
   columns = weights.astype(act.dtype).reshape(channels, -1, width)
 
   @jax.checkpoint

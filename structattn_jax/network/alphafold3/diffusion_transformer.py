@@ -32,6 +32,7 @@ import jax
 import jax.numpy as jnp
 
 from structattn_jax.common import base_config, checks, numerics
+from structattn_jax.components import functional
 from structattn_jax.components import haiku_modules as hm
 from structattn_jax.components import parameters as pm
 from structattn_jax.components.parameters import Params
@@ -156,16 +157,12 @@ def adaptive_layernorm(
     [..., c] in the dtype of `x`.
   """
   if single_cond is None:
-    own = pm.module(params, f'{name}layer_norm')
-    _check_channels(x, own['scale'].shape[0], f'{name}layer_norm')
-    wide = numerics.at_least_float32(x)
-    y = numerics.layer_norm(wide) * own['scale'] + own['offset']
-    return y.astype(x.dtype)
-  single_cond = scaled_layer_norm(
-    params, single_cond, f'{name}single_cond_layer_norm'
+    return functional.layer_norm(params, f'{name}layer_norm', x)
+  single_cond = functional.layer_norm(
+    params, f'{name}single_cond_layer_norm', single_cond
   )
-  scale = linear(params, single_cond, f'{name}single_cond_scale')
-  bias = linear(params, single_cond, f'{name}single_cond_bias')
+  scale = functional.linear(params, f'{name}single_cond_scale', single_cond)
+  bias = functional.linear(params, f'{name}single_cond_bias', single_cond)
   return jax.nn.sigmoid(scale) * numerics.layer_norm(x) + bias
 
 
@@ -186,10 +183,10 @@ def adaptive_zero_init(
   Returns:
     [..., c] in the dtype of `x`.
   """
-  output = linear(params, x, f'{name}transition2')
+  output = functional.linear(params, f'{name}transition2', x)
   if single_cond is None:
     return output
-  gate = linear(params, single_cond, f'{name}adaptive_zero_cond')
+  gate = functional.linear(params, f'{name}adaptive_zero_cond', single_cond)
   return jax.nn.sigmoid(gate) * output
 
 
@@ -212,7 +209,9 @@ def transition_block(
     The update, [..., c].
   """
   x = adaptive_layernorm(params, x, single_cond, f'{name}ffw_')
-  hidden = swish_gate(linear(params, x, f'{name}ffw_transition1'))
+  hidden = functional.swish_gate(
+    functional.linear(params, f'{name}ffw_transition1', x)
+  )
   return adaptive_zero_init(params, hidden, single_cond, f'{name}ffw_')
 
 
@@ -328,8 +327,8 @@ def cross_att_transformer(
   Returns:
     New activations of the queries.
   """
-  pair_act = scaled_layer_norm(params, pair_cond, 'pair_input_layer_norm')
-  logits = linear(params, pair_act, 'pair_logits_projection')
+  pair_act = functional.layer_norm(params, 'pair_input_layer_norm', pair_cond)
+  logits = functional.linear(params, 'pair_logits_projection', pair_act)
   # [n_block, n_window, n_head, num_queries, num_keys].
   logits = jnp.transpose(logits, (3, 0, 4, 1, 2))
 
@@ -400,7 +399,7 @@ def transformer(
     )
   pair_act = None
   if pair_cond is not None:
-    pair_act = scaled_layer_norm(params, pair_cond, 'pair_input_layer_norm')
+    pair_act = functional.layer_norm(params, 'pair_input_layer_norm', pair_cond)
 
   def block(act: jax.Array, inputs: Any) -> tuple[jax.Array, None]:
     own, pair_logits = inputs
@@ -416,7 +415,9 @@ def transformer(
     own, projection = inputs
     pair_logits = None
     if pair_act is not None:
-      pair_logits = linear(projection, pair_act, 'pair_logits_projection')
+      pair_logits = functional.linear(
+        projection, 'pair_logits_projection', pair_act
+      )
       pair_logits = jnp.transpose(pair_logits, (2, 3, 0, 1))
     return jax.lax.scan(run, act, (own, pair_logits))
 
@@ -681,49 +682,16 @@ def transformer_parameters(
 # Parts.
 
 
-def linear(
-  params: Params,
-  x: jax.Array,
-  name: str,
-  precision: jax.lax.PrecisionLike = None,
-) -> jax.Array:
-  """Weights and, where there is one, bias, in the dtype of `x`."""
-  own = pm.module(params, name)
-  _check_channels(x, own['weights'].shape[0], name)
-  y = jnp.tensordot(
-    x, own['weights'].astype(x.dtype), axes=1, precision=precision
-  )
-  return y + own['bias'].astype(x.dtype) if 'bias' in own else y
-
-
-def scaled_layer_norm(params: Params, x: jax.Array, name: str) -> jax.Array:
-  """Layer norm with a scale and without offset."""
-  scale = pm.module(params, name)['scale']
-  _check_channels(x, scale.shape[0], name)
-  wide = numerics.layer_norm(numerics.at_least_float32(x))
-  return (wide * scale).astype(x.dtype)
-
-
-def _check_channels(x: jax.Array, channels: int, name: str) -> None:
-  if x.shape[-1] != channels:
-    raise ValueError(
-      f'params: {name!r} is for {channels} channels, its input has shape '
-      f'{x.shape}'
-    )
-
-
-def swish_gate(x: jax.Array) -> jax.Array:
-  """swish(a) * b of the two halves of the last axis."""
-  a, b = jnp.split(x, 2, -1)
-  return jax.nn.swish(a) * b
-
-
 def _logits(
   params: Params, x_q: jax.Array, x_k: jax.Array, name: str
 ) -> jax.Array:
   """[..., n_head, num_queries, num_keys], at least float32."""
-  q = numerics.at_least_float32(linear(params, x_q, f'{name}q_projection'))
-  k = numerics.at_least_float32(linear(params, x_k, f'{name}k_projection'))
+  q = numerics.at_least_float32(
+    functional.linear(params, f'{name}q_projection', x_q)
+  )
+  k = numerics.at_least_float32(
+    functional.linear(params, f'{name}k_projection', x_k)
+  )
   return jnp.einsum('...qhc,...khc->...hqk', q * q.shape[-1] ** -0.5, k)
 
 
@@ -736,10 +704,10 @@ def _attention_output(
   name: str,
 ) -> jax.Array:
   """Weighted values, gated and projected."""
-  v = linear(params, x_k, f'{name}v_projection')
+  v = functional.linear(params, f'{name}v_projection', x_k)
   out = jnp.einsum('...hqk,...khc->...qhc', weights.astype(v.dtype), v)
   out = out.reshape(*out.shape[:-2], -1)
-  out *= jax.nn.sigmoid(linear(params, x_q, f'{name}gating_query'))
+  out *= jax.nn.sigmoid(functional.linear(params, f'{name}gating_query', x_q))
   return adaptive_zero_init(params, out, single_cond, name)
 
 

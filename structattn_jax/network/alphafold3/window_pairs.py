@@ -19,8 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from structattn_jax.common import numerics
-from structattn_jax.components import mapping
-from structattn_jax.components import windowed_attention as kernel
+from structattn_jax.components import functional, mapping, windowed_attention
 from structattn_jax.components.parameters import Params
 from structattn_jax.network.alphafold3 import atom_layout
 from structattn_jax.network.alphafold3 import diffusion_transformer as dt
@@ -105,7 +104,9 @@ def pair_biases(
   key_mask = keys(plan.atom_mask)
   logits, pair = mapping.chunked_map(
     _logits_and_embedding if return_pair else _logits,
-    kernel.windows_per_chunk(plan.n_window, chunk),
+    functional.chunk_size(
+      plan.n_window, chunk, on_cpu=windowed_attention.CPU_WINDOWS
+    ),
     None,
     folded,
     table,
@@ -206,7 +207,7 @@ def _token_pairs(
   if plan.pair_index is None:
     return _embed_token_pair(weights, table, None, None)
   size = plan.pair_index.shape[0]
-  chunk = mapping.largest_divisor(size, _PAIR_CHUNK)
+  chunk = functional.largest_divisor(size, _PAIR_CHUNK)
   return mapping.chunked_map(
     _embed_token_pair,
     chunk,

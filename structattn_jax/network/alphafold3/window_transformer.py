@@ -19,13 +19,11 @@ import jax
 import jax.numpy as jnp
 
 from structattn_jax.common import numerics
-from structattn_jax.components import mapping
+from structattn_jax.components import functional, mapping, windowed_attention
 from structattn_jax.components import parameters as pm
-from structattn_jax.components import windowed_attention as kernel
 from structattn_jax.components.parameters import Params
 from structattn_jax.network.alphafold3.diffusion_transformer import (
   STACK,
-  swish_gate,
 )
 
 
@@ -166,7 +164,9 @@ def window_block(
     New activations, [n_atom, c]; meaningless for padding.
   """
   n_window, n_head, n_query, n_key = bias.shape
-  own_chunk = kernel.windows_per_chunk(n_window, chunk)
+  own_chunk = functional.chunk_size(
+    n_window, chunk, on_cpu=windowed_attention.CPU_WINDOWS
+  )
 
   def run(fn: Any, window: int | None, *arguments: Any) -> Any:
     if not remat:
@@ -297,12 +297,12 @@ def _queries(
   q, gate = jnp.split(_product(x, weights.query), [width], -1)
   q += weights.query_bias.astype(q.dtype)
   q = q.reshape(*q.shape[:2], n_head, -1)
-  out = kernel.attend(q, *taken, bias)
+  out = windowed_attention.attend(q, *taken, bias)
   out = out.reshape(gate.shape) * jax.nn.sigmoid(gate)
   act += a_gate * _product(out, weights.output)
 
   x = t_scale * numerics.layer_norm(act) + t_shift
-  hidden = swish_gate(_product(x, weights.transition1))
+  hidden = functional.swish_gate(_product(x, weights.transition1))
   return act + t_gate * _product(hidden, weights.transition2)
 
 

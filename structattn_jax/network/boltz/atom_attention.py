@@ -53,6 +53,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from structattn_jax.common import numerics
+from structattn_jax.components import functional
 from structattn_jax.components import haiku_modules as hm
 from structattn_jax.components import parameters as pm
 from structattn_jax.components.parameters import Params
@@ -266,9 +267,9 @@ def atom_conditioning(
   """
   q = c = _embed_atoms(params, config, features)
   if single is not None:
-    s = bt.layer_norm(params, 's_to_c_trans_0', single)
+    s = functional.layer_norm(params, 's_to_c_trans_0', single)
     c = c + _to_atoms(
-      bt.linear(params, 's_to_c_trans_1', s), features.atom_to_token
+      functional.linear(params, 's_to_c_trans_1', s), features.atom_to_token
     ).astype(c.dtype)
   return q, c
 
@@ -376,8 +377,8 @@ def _pair_atoms(
 ) -> kernel.Atoms:
   hidden = numerics.at_least_float32(jax.nn.relu(c))
   return kernel.Atoms(
-    bt.linear(params, 'c_to_p_trans_q_1', hidden),
-    bt.linear(params, 'c_to_p_trans_k_1', hidden),
+    functional.linear(params, 'c_to_p_trans_q_1', hidden),
+    functional.linear(params, 'c_to_p_trans_k_1', hidden),
     numerics.at_least_float32(features.ref_pos),
     jnp.asarray(features.ref_space_uid),
     jnp.asarray(features.atom_mask),
@@ -453,13 +454,15 @@ def decode(
   """
   if context.decoder is None:
     raise ValueError('context: its configuration has no decoder')
-  act = bt.linear(params, 'a_to_q_trans', token_act)
+  act = functional.linear(params, 'a_to_q_trans', token_act)
   q = atoms + _to_atoms(act, context.atom_to_token).astype(atoms.dtype)
   q = _transform(pm.below(params, 'atom_decoder/'), q, context, context.decoder)
   q, name = numerics.at_least_float32(q), 'atom_feat_to_atom_pos_update'
   if name in params:
-    return bt.linear(params, name, q)
-  return bt.linear(params, f'{name}_1', bt.layer_norm(params, f'{name}_0', q))
+    return functional.linear(params, name, q)
+  return functional.linear(
+    params, f'{name}_1', functional.layer_norm(params, f'{name}_0', q)
+  )
 
 
 def _transform(
@@ -499,7 +502,7 @@ def _to_tokens(
 
   def add(so_far: jax.Array, rows: Any) -> tuple[jax.Array, None]:
     q, index = rows
-    act = jax.nn.relu(bt.linear(params, 'atom_to_token_trans_0', q))
+    act = jax.nn.relu(functional.linear(params, 'atom_to_token_trans_0', q))
     return so_far + total(numerics.at_least_float32(act), index), None
 
   rows = bt.rows_per_chunk(context.encoder.biases[0])

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from structattn_jax.common import base_config, checks, numerics
+from structattn_jax.components import functional
 from structattn_jax.components import haiku_modules as hm
 from structattn_jax.components import parameters as pm
 from structattn_jax.components.parameters import Params
@@ -159,11 +160,11 @@ def fourier_embedding(params: Params, times: jax.Array) -> jax.Array:
 
 def transition(params: Params, x: jax.Array) -> jax.Array:
   """fc3(silu(fc1 y) fc2 y), y = LN(x)."""
-  y = bt.layer_norm(params, 'norm', x)
-  hidden = jax.nn.silu(bt.linear(params, 'fc1', y)) * bt.linear(
+  y = functional.layer_norm(params, 'norm', x)
+  hidden = jax.nn.silu(functional.linear(params, 'fc1', y)) * functional.linear(
     params, 'fc2', y
   )
-  return bt.linear(params, 'fc3', hidden)
+  return functional.linear(params, 'fc3', hidden)
 
 
 def single_conditioning(
@@ -184,12 +185,16 @@ def single_conditioning(
     [n_token, 2 c_s] and [dim_fourier] or None.
   """
   s = jnp.concatenate([single, single_inputs], -1)
-  s = bt.linear(params, 'single_embed', bt.layer_norm(params, 'norm_single', s))
+  s = functional.linear(
+    params, 'single_embed', functional.layer_norm(params, 'norm_single', s)
+  )
   fourier = None
   if time is not None:
     embedded = fourier_embedding(pm.below(params, 'fourier_embed/'), time)
-    fourier = bt.layer_norm(params, 'norm_fourier', embedded).astype(s.dtype)
-    s = s + bt.linear(params, 'fourier_to_single', fourier)
+    fourier = functional.layer_norm(params, 'norm_fourier', embedded).astype(
+      s.dtype
+    )
+    s = s + functional.linear(params, 'fourier_to_single', fourier)
   return _apply_transitions(params, s), fourier
 
 
@@ -198,8 +203,8 @@ def pairwise_conditioning(
 ) -> jax.Array:
   """Conditioned pair, Alg. 21: both [n_token, n_token, c_z]."""
   z = jnp.concatenate([pair, relative_position], -1)
-  z = bt.layer_norm(params, 'dim_pairwise_init_proj_0', z)
-  z = bt.linear(params, 'dim_pairwise_init_proj_1', z)
+  z = functional.layer_norm(params, 'dim_pairwise_init_proj_0', z)
+  z = functional.linear(params, 'dim_pairwise_init_proj_1', z)
   return _apply_transitions(params, z)
 
 

@@ -34,10 +34,9 @@ import jax
 import jax.numpy as jnp
 
 from structattn_jax.common import numerics
+from structattn_jax.components import functional, windowed_attention, windows
 from structattn_jax.components import haiku_modules as hm
 from structattn_jax.components import parameters as pm
-from structattn_jax.components import windowed_attention as kernel
-from structattn_jax.components import windows
 from structattn_jax.components.parameters import Params
 
 # Logit of a masked key: its weight is zero, and no infinity meets another.
@@ -190,24 +189,12 @@ def below(scope: str, table: pm.Table) -> pm.Table:
 # Functions of parameters.
 
 
-def linear(params: Params, name: str, x: jax.Array) -> jax.Array:
-  """X @ weights + bias, where there is one, in the dtype of `x`."""
-  own = params[name]
-  y = jnp.matmul(x, own['weights'].astype(x.dtype))
-  return y + own['bias'].astype(x.dtype) if 'bias' in own else y
-
-
-def layer_norm(params: Params, name: str, x: jax.Array) -> jax.Array:
-  """Layer norm with scale and, where there is one, offset."""
-  own = params[name]
-  y = numerics.layer_norm(numerics.at_least_float32(x)) * own['scale']
-  return (y + own['offset'] if 'offset' in own else y).astype(x.dtype)
-
-
 def pair_bias(params: Params, name: str, pair: jax.Array) -> jax.Array:
   """Linear(LN(pair)): [..., c_pair] to [..., num_bias], at least float32."""
   pair = numerics.at_least_float32(pair)
-  return linear(params, f'{name}_1', layer_norm(params, f'{name}_0', pair))
+  return functional.linear(
+    params, f'{name}_1', functional.layer_norm(params, f'{name}_0', pair)
+  )
 
 
 def ada_ln(params: Params, a: jax.Array, s: jax.Array) -> jax.Array:
@@ -224,23 +211,25 @@ def _ada_ln_terms(
 ) -> tuple[jax.Array, jax.Array]:
   """Scale and shift from LN(s) without its scale."""
   x = normalised * params['s_norm']['scale'].astype(normalised.dtype)
-  return _sigmoid(linear(params, 's_scale', x)), linear(params, 's_bias', x)
+  return _sigmoid(functional.linear(params, 's_scale', x)), functional.linear(
+    params, 's_bias', x
+  )
 
 
 def conditioned_transition(
   params: Params, a: jax.Array, s: jax.Array
 ) -> jax.Array:
   """The update of `a` by the conditioned transition, Alg. 25."""
-  gate = _sigmoid(linear(params, 'output_projection_0', s))
+  gate = _sigmoid(functional.linear(params, 'output_projection_0', s))
   x = ada_ln(pm.below(params, 'adaln/'), a, s)
   return gate * _transition(params, x)
 
 
 def _transition(params: Params, x: jax.Array) -> jax.Array:
   # The second half is what goes through silu.
-  x1, x2 = jnp.split(linear(params, 'swish_gate_0', x), 2, -1)
-  hidden = _swish_gate(x1, x2, linear(params, 'a_to_b', x))
-  return linear(params, 'b_to_a', hidden)
+  x1, x2 = jnp.split(functional.linear(params, 'swish_gate_0', x), 2, -1)
+  hidden = _swish_gate(x1, x2, functional.linear(params, 'a_to_b', x))
+  return functional.linear(params, 'b_to_a', hidden)
 
 
 def attention_pair_bias(
@@ -281,13 +270,15 @@ def _attend(
   offset = windows.key_offset(n_query, n_key)
 
   def keys(name: str) -> jax.Array:
-    y = linear(params, name, x)
+    y = functional.linear(params, name, x)
     return jnp.pad(y, ((-offset, -offset), (0, 0))).reshape(-1, n_head, d_head)
 
   is_key = windows.key_windows(mask, n_query, n_key)
-  q = linear(params, 'proj_q', x) * d_head**-0.5
-  out = kernel.windowed_attention(
-    kernel.windows_per_chunk(n_window, chunk),
+  q = functional.linear(params, 'proj_q', x) * d_head**-0.5
+  out = windowed_attention.windowed_attention(
+    functional.chunk_size(
+      n_window, chunk, on_cpu=windowed_attention.CPU_WINDOWS
+    ),
     q.reshape(n_atom, n_head, d_head),
     keys('proj_k'),
     keys('proj_v'),
@@ -299,8 +290,8 @@ def _attend(
 
 
 def _gated(params: Params, x: jax.Array, out: jax.Array) -> jax.Array:
-  gate = _sigmoid(linear(params, 'proj_g', x))
-  return linear(params, 'proj_o', gate * out)
+  gate = _sigmoid(functional.linear(params, 'proj_g', x))
+  return functional.linear(params, 'proj_o', gate * out)
 
 
 def masked_bias(bias: jax.Array, mask: jax.Array) -> jax.Array:
@@ -329,10 +320,10 @@ def layer_terms(
   return LayerTerms(
     scale,
     shift,
-    _sigmoid(linear(params, 'output_projection_linear', s)),
+    _sigmoid(functional.linear(params, 'output_projection_linear', s)),
     transition_scale,
     transition_shift,
-    _sigmoid(linear(params, 'transition/output_projection_0', s)),
+    _sigmoid(functional.linear(params, 'transition/output_projection_0', s)),
   )
 
 
@@ -362,7 +353,7 @@ def layer(
     x = terms.transition_scale * _normalise(a) + terms.transition_shift
     a = a + terms.transition_gate * _transition(transition, x)
     if 'post_lnorm' in params:
-      a = layer_norm(params, 'post_lnorm', a)
+      a = functional.layer_norm(params, 'post_lnorm', a)
     return a
 
   out = _attend(attention, attention_input(a, terms), bias, mask, chunk)
@@ -373,9 +364,7 @@ def layer(
 def rows_per_chunk(bias: jax.Array) -> int:
   """How many atoms to work on at a time, where atoms are independent."""
   n_window, _, n_query, _ = bias.shape
-  on_cpu = jax.default_backend() == 'cpu'
-  chunk = _CPU_WINDOWS if on_cpu else n_window
-  return n_query * kernel.windows_per_chunk(n_window, chunk)
+  return n_query * functional.chunk_size(n_window, on_cpu=_CPU_WINDOWS)
 
 
 def by_rows(

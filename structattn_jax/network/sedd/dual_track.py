@@ -53,6 +53,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from structattn_jax.common import base_config, checks, numerics
+from structattn_jax.components import functional
 from structattn_jax.components import haiku_modules as hm
 
 Variant = Literal['published', 'seed', 'sedd', 'v100']
@@ -819,7 +820,7 @@ class DDiTBlock(hk.Module):
     keys = _split(dropout_key, 5)
 
     def drop(index: int, x: jax.Array) -> jax.Array:
-      return _dropout(keys[index], config.dropout, x)
+      return functional.dropout(keys[index], config.dropout, x)
 
     gate1, gate2 = 1, 1
     num_chunk = 6 if style.gates else 4 if normed else 2
@@ -938,11 +939,13 @@ class CrossAttention(hk.Module):
       dropout_key=keys[0],
     ).reshape(x.shape)
     if config.variant == 'seed':
-      return _dropout(keys[1], config.dropout, attended)
+      return functional.dropout(keys[1], config.dropout, attended)
     update = hm.Linear(x.shape[-1], initializer='xavier', name='out_proj')(
       attended
     )
-    return _if_any(context_mask, _dropout(keys[1], config.dropout, update))
+    return _if_any(
+      context_mask, functional.dropout(keys[1], config.dropout, update)
+    )
 
 
 class FinalLayer(hk.Module):
@@ -1089,7 +1092,7 @@ def _embedded(
   inputs = {'condition': _condition(config, sigma)}
   for name, ids in tokens.items():
     embedded = embedding(config, name)(cast(jax.Array, ids))
-    inputs[name] = _dropout(keys[name], config.dropout, embedded)
+    inputs[name] = functional.dropout(keys[name], config.dropout, embedded)
   if config.bfloat16:
     inputs = jax.tree.map(lambda x: x.astype(jnp.bfloat16), inputs)
   return inputs
@@ -1186,7 +1189,7 @@ def _attend(
     q, k, v, key = head
     logits = numerics.at_least_float32(q) @ numerics.at_least_float32(k).T
     weights = numerics.masked_softmax(logits * q.shape[-1] ** -0.5, mask)
-    return _dropout(key, rate, weights).astype(v.dtype) @ v
+    return functional.dropout(key, rate, weights).astype(v.dtype) @ v
 
   is_large = len(q) * len(k) >= _LARGE and jax.default_backend() == 'cpu'
   if is_large:
@@ -1199,13 +1202,6 @@ def _attend(
 def _if_any(mask: jax.Array | None, update: jax.Array) -> jax.Array:
   """No key to attend to means no update, not even the projection's bias."""
   return update if mask is None else jnp.where(jnp.any(mask), update, 0)
-
-
-def _dropout(key: jax.Array | None, rate: float, x: jax.Array) -> jax.Array:
-  if key is None or not rate:
-    return x
-  keep = jax.random.bernoulli(key, 1 - rate, x.shape)
-  return jnp.where(keep, x / (1 - rate), 0)
 
 
 def _split(key: jax.Array | None, count: int) -> tuple[jax.Array | None, ...]:

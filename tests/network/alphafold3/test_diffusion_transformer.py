@@ -11,6 +11,7 @@ import pytest
 
 import structattn_jax as sa
 from structattn_jax import verification as replay
+from structattn_jax.components import functional
 from structattn_jax.components import parameters as pm
 from structattn_jax.network.alphafold3 import atom_layout
 from structattn_jax.network.alphafold3 import diffusion_transformer as dt
@@ -231,8 +232,8 @@ def test_window_transformer_equals_the_published_one(remat):
 
   def lean(params, act, single, pair):
     own = pm.below(params, f'{scope}/')
-    normalised = dt.scaled_layer_norm(own, pair, 'pair_input_layer_norm')
-    logits = dt.linear(own, normalised, 'pair_logits_projection')
+    normalised = functional.layer_norm(own, 'pair_input_layer_norm', pair)
+    logits = functional.linear(own, 'pair_logits_projection', normalised)
     return wt.window_transformer(
       wt.block_weights(own, scope),
       act,

@@ -11,6 +11,7 @@ structattn verify PATH...         replay recorded outputs of published code
 import argparse
 import dataclasses
 import json
+import os
 import pathlib
 import sys
 import warnings
@@ -32,7 +33,10 @@ from structattn_jax.verification import verify
 
 # Exit status for input that cannot be used, as argparse gives for bad options.
 _BAD_INPUT = 2
-_CHECK_FAILED = 1
+# An error that is not about the input, as in sysexits.h.
+_INTERNAL = 70
+# Environment variable with which such an error shows its traceback.
+_TRACEBACK = 'STRUCTATTN_TRACEBACK'
 # What a shell reports for a program that SIGTERM ended.
 _STOPPED = 143
 # Errors that are about what the user gave, not about this program.
@@ -55,7 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
   Returns:
     0; 1 if `verify` finds a difference; 2 if a file or an option cannot be
-    used; 143 if `train` was stopped by a signal and can go on.
+    used; 70 after an error that is not about these; 143 if `train` was stopped
+    by a signal and can go on.
   """
   parser = argparse.ArgumentParser(
     prog='structattn', description='Attention systems for structural biology.'
@@ -104,6 +109,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     message = ' '.join(str(error).split())
     print(f'structattn: {message}', file=sys.stderr)
     return _BAD_INPUT
+  except Exception as error:
+    if os.environ.get(_TRACEBACK):
+      raise
+    message = ' '.join(str(error).split())[:500]
+    print(
+      f'structattn: unexpected {type(error).__name__}: {message} (a fault of '
+      f'this program; {_TRACEBACK}=1 shows where)',
+      file=sys.stderr,
+    )
+    return _INTERNAL
 
 
 def _add_convert(commands: Any) -> None:
@@ -418,14 +433,12 @@ def _run(options: argparse.Namespace) -> int:
   smiles = max(found, key=len, default='')
 
   chosen = demo.experiments(features, smiles, seed=options.seed)
-  try:
-    reports = list(demo.run(chosen, seed=options.seed, progress=progress))
-  except AssertionError as error:  # A symmetry or padding check.
-    print(f'structattn: {path}: check failed: {error}', file=sys.stderr)
-    return _CHECK_FAILED
+  progress('weights')
+  params = demo.init_params(chosen, options.seed)
+  reports = list(demo.run(chosen, params, seed=options.seed, progress=progress))
   progress('figures')
   options.out.mkdir(parents=True, exist_ok=True)
-  written = figures.draw_all(features, chosen, options.out, seed=options.seed)
+  written = figures.draw_all(features, chosen, params, options.out)
 
   summary = {
     'structure': whole.metadata.name if whole.metadata else path.name,
@@ -488,7 +501,11 @@ def table(reports: Sequence[demo.Report]) -> str:
       f'{name} [{", ".join(map(str, shape))}]'
       for name, shape in report.inputs.items()
     ]
-    checks = [f'{name}: {error:.1e}' for name, error in report.checks.items()]
+    checks = [
+      f'{name}: {check.error:.1e}'
+      + ('' if check.ok else f' OVER {check.tolerance:.0e}')
+      for name, check in report.checks.items()
+    ]
     rows.append(
       (
         [report.title, report.algorithm],

@@ -2,29 +2,35 @@
 
 structattn run [FILE]             run the five systems on a complex
 structattn convert INPUT OUTPUT   take over published parameters
-structattn info FILE              say what a converted file holds
+structattn info [FILE]            say what a converted file holds, or what is
+                                  installed
 structattn train CONFIG           train the protein-ligand diffusion model
 structattn sample CHECKPOINT      sample proteins and ligands from it
 structattn verify PATH...         replay recorded outputs of published code
 """
 
 import argparse
+import collections
 import dataclasses
 import json
 import os
 import pathlib
+import platform
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib import metadata
 from typing import Any
 
 import jax
 
 from structattn_jax import (
+  __version__,
   checkpoint,
   convert,
   data,
   discrete_diffusion,
+  network,
   training,
 )
 from structattn_jax.apps import demo, generate
@@ -39,6 +45,16 @@ _INTERNAL = 70
 _TRACEBACK = 'STRUCTATTN_TRACEBACK'
 # What a shell reports for a program that SIGTERM ended.
 _STOPPED = 143
+# Extras with their packages, as in pyproject.toml, and what they are for.
+_EXTRAS = {
+  'data': (('biotite', 'gemmi'), 'structure files'),
+  'chem': (('rdkit',), 'SMILES'),
+  'run': (('biotite', 'gemmi', 'rdkit', 'matplotlib'), 'structattn run'),
+  'convert': (('safetensors', 'zstandard'), 'structattn convert'),
+  'train': (('orbax-checkpoint', 'tqdm'), 'structattn train'),
+  'tensorboard': (('tensorboardX',), 'event files of a run'),
+  'parquet': (('pyarrow',), 'tables of pairs'),
+}
 # Errors that are about what the user gave, not about this program.
 _EXPECTED = (
   checkpoint.CheckpointError,
@@ -149,10 +165,11 @@ def _add_convert(commands: Any) -> None:
   parser.set_defaults(function=_convert)
   parser = commands.add_parser(
     'info',
-    help='say what a converted file holds',
-    description='Prints configuration and provenance of a converted file.',
+    help='say what a converted file holds, or what is installed',
+    description='Prints configuration and provenance of a converted file; '
+    'without one: versions, devices, extras and what each would add, systems.',
   )
-  parser.add_argument('file', type=pathlib.Path)
+  parser.add_argument('file', type=pathlib.Path, nargs='?')
   parser.set_defaults(function=_info)
 
 
@@ -298,9 +315,40 @@ def _convert(options: argparse.Namespace) -> int:
 
 
 def _info(options: argparse.Namespace) -> int:
+  if options.file is None:
+    print(_installation())
+    return 0
   content = checkpoint.load(options.file)
   print(f'{options.file}: {convert.describe(content)}')
   return 0
+
+
+def _installation() -> str:
+  """What there is to work with, a line each."""
+  devices = collections.Counter(d.device_kind for d in jax.devices())
+  lines = [
+    f'structattn-jax {__version__}, Python {platform.python_version()}, '
+    + ', '.join(f'{n} {_version(n)}' for n in ('jax', 'dm-haiku', 'numpy')),
+    f'devices ({jax.default_backend()}): '
+    + ', '.join(f'{count} x {kind}' for kind, count in devices.items()),
+    'systems: ' + ', '.join(network.__all__),
+    'published checkpoints: '
+    + ', '.join(kind.title for kind in convert.FORMATS.values()),
+  ]
+  for extra, (packages, use) in _EXTRAS.items():
+    found = {name: _version(name) for name in packages}
+    missing = [name for name, version in found.items() if version is None]
+    have = ', '.join(f'{name} {v}' for name, v in found.items() if v)
+    state = f'missing {", ".join(missing)}' if missing else have
+    lines.append(f'extra {extra:<11} ({use}): {state}')
+  return '\n'.join(lines)
+
+
+def _version(package: str) -> str | None:
+  try:
+    return metadata.version(package)
+  except metadata.PackageNotFoundError:
+    return None
 
 
 def _train(options: argparse.Namespace) -> int:

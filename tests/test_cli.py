@@ -3,7 +3,9 @@
 import json
 import pathlib
 import re
+import tomllib
 
+import jax
 import numpy as np
 import pytest
 
@@ -224,3 +226,30 @@ def test_large_complex_is_cut_and_stays_consistent():
   np.testing.assert_array_equal(
     cut.tokens.residue_uid[index], cut.atoms.ref_space_uid
   )
+
+
+def test_info_without_a_file_says_what_is_installed(capsys, monkeypatch):
+  version = cli._version
+  monkeypatch.setattr(
+    cli, '_version', lambda name: None if name == 'tqdm' else version(name)
+  )
+  assert cli.main(['info']) == 0
+  lines = capsys.readouterr().out.splitlines()
+  assert lines[0].startswith('structattn-jax 0.')
+  assert f'jax {jax.__version__}' in lines[0]
+  assert 'cpu' in lines[1]
+  assert 'alphafold2, alphafold3, boltz, pallatom, sedd, seeds' in lines[2]
+  (train,) = [line for line in lines if line.startswith('extra train')]
+  assert train.endswith('missing tqdm')
+
+
+def test_info_names_the_extras_of_the_project():
+  text = (pathlib.Path(__file__).parents[1] / 'pyproject.toml').read_text()
+  extras = tomllib.loads(text)['project']['optional-dependencies']
+  for extra, (packages, _) in cli._EXTRAS.items():
+    named = extras[extra]
+    for other in re.findall(r'structattn-jax\[(.*?)\]', ' '.join(named)):
+      named = [*named, *(p for e in other.split(',') for p in extras[e])]
+    assert {re.split(r'[<>=]', p)[0] for p in named if '[' not in p} == {
+      *packages
+    }

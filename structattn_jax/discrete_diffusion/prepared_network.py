@@ -1,6 +1,9 @@
-"""The networks of `network.sedd_dual_track` for inference, with less work.
+"""SEDD for inference, apart from `network.sedd` for speed: X times on CPU.
 
-The same functions, up to rounding, of parameters rearranged once by `prepare`:
+Training needs parameters under their published names, one sequence at a time
+and all positions; samplers call a network many times with the same parameters,
+context and noise levels. The same functions, up to rounding, of parameters
+rearranged once by `prepare`:
 
 * Scale and offset of norms, 1 + scale and shift of AdaLN are linear in the
   condition: one product gives those of all layers (and, for a sampler, of all
@@ -24,6 +27,7 @@ Batched: B sequences of n tokens, M = channels of all modulations of a track.
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -32,7 +36,16 @@ import jax
 import jax.numpy as jnp
 
 from structattn_jax.common import numerics
-from structattn_jax.network.sedd import dual_track as network
+from structattn_jax.network.sedd import (
+  blocks,
+  dual_track,
+  embeddings,
+  single_track,
+)
+from structattn_jax.network.sedd.dual_track import DualTrackConfig
+from structattn_jax.network.sedd.single_track import SeddConfig
+
+AnyConfig = DualTrackConfig | SeddConfig
 
 # Columns of the output are padded to multiples of this.
 BLOCK = 64
@@ -109,7 +122,7 @@ class Program:
     tracks: 'protein' and 'ligand', or 'only'.
   """
 
-  config: network.AnyConfig = dataclasses.field(metadata={'static': True})
+  config: AnyConfig = dataclasses.field(metadata={'static': True})
   timestep: Any
   tracks: dict[str, TrackProgram]
 
@@ -126,8 +139,66 @@ class Context(NamedTuple):
   mask: jax.Array | None
 
 
+class CachedSedd(NamedTuple):
+  """Closures over one config; see the functions of the same names.
+
+  Attributes:
+    init: of `transform_sedd_dual_track(config)` or `transform_sedd(config)`.
+    precompute: `precompute(params)` gives a `Program`, once for all calls.
+    modulations: `modulations(program, sigma)`, once for all steps.
+    encode_context: what one track reads of the other, once for all samples.
+    begin: all layers of the generated tracks; `.logits()` of what it returns
+      ends the last one.
+  """
+
+  init: Callable[..., hk.Params]
+  precompute: Callable[[hk.Params], Program]
+  modulations: Callable[..., dict[str, jax.Array]]
+  encode_context: Callable[..., Context]
+  begin: Callable[..., 'Unfinished']
+
+
+def cached_sedd(config: AnyConfig, *, absorbing: bool = True) -> CachedSedd:
+  """The network for many calls with the same parameters.
+
+    >>> config = SeddConfig(hidden_size=16, num_head=2, num_block=2, vocab=21)
+    >>> cached = cached_sedd(config, absorbing=False)
+    >>> tokens, sigma = jnp.array([3, 20]), jnp.array(0.5)
+    >>> program = cached.precompute(
+    ...   cached.init(jax.random.key(0), tokens, sigma)
+    ... )
+    >>> begun = cached.begin(
+    ...   program,
+    ...   cached.modulations(program, sigma),
+    ...   {ONLY: tokens[None]},
+    ...   {ONLY: None},
+    ... )
+    >>> begun.logits()[ONLY].shape
+    (1, 2, 21)
+
+  Args:
+    config: of either network; the variant 'seed' is not supported.
+    absorbing: see `prepare`.
+
+  Returns:
+    The closures; `discrete_diffusion.sample` takes their `Program` in place of
+    the parameters.
+  """
+  if isinstance(config, DualTrackConfig):
+    init = dual_track.transform_sedd_dual_track(config).init
+  else:
+    init = single_track.transform_sedd(config).init
+  return CachedSedd(
+    init,
+    functools.partial(prepare, config, absorbing=absorbing),
+    modulations,
+    encode_context,
+    begin,
+  )
+
+
 def prepare(
-  config: network.AnyConfig, params: hk.Params, *, absorbing: bool = True
+  config: AnyConfig, params: hk.Params, *, absorbing: bool = True
 ) -> Program:
   """Rearranges parameters; costs about as much as copying them.
 
@@ -143,8 +214,11 @@ def prepare(
     ValueError: for the variant 'seed', which has no norms to merge.
   """
   if config.variant == 'seed':
-    raise ValueError("config.variant: expected one with norms, got 'seed'")
-  dual = isinstance(config, network.DualTrackConfig)
+    raise ValueError(
+      "config.variant: 'seed' cannot be sampled, it has no norms to prepare; "
+      "use 'published', or give sample_from_uniform the network itself"
+    )
+  dual = isinstance(config, DualTrackConfig)
   dtype = jnp.bfloat16 if config.bfloat16 else None
   tracks = {
     track: _prepare_track(config, params, track, absorbing, dtype)
@@ -171,7 +245,7 @@ def modulations(program: Program, sigma: jax.Array) -> dict[str, jax.Array]:
   config = program.config
   embedder = hk.without_apply_rng(
     hk.transform(
-      lambda sigma: network.TimestepEmbedder(
+      lambda sigma: embeddings.TimestepEmbedder(
         config.cond_dim, variant=config.variant
       )(sigma)
     )
@@ -188,78 +262,46 @@ def modulations(program: Program, sigma: jax.Array) -> dict[str, jax.Array]:
   }
 
 
-def joint(
+def begin(
   program: Program,
   modulation: Mapping[str, jax.Array],
   tokens: Mapping[str, jax.Array],
   masks: Mapping[str, jax.Array | None],
+  context: Context | None = None,
 ) -> 'Unfinished':
-  """Both tracks of the mode 'joint'; arguments by track.
+  """Generated tracks up to the last layer; arguments by track.
 
   Args:
     program: from `prepare`.
     modulation: [M] or [B, M], from `modulations`.
-    tokens: [B, n] integer.
+    tokens: [B, n] integer, of both tracks in the mode 'joint', else of one.
     masks: [B or 1, n] bool, True = real; None = all real.
+    context: what one track reads, from `encode_context`.
 
   Returns:
     All but the end of the last layer; see `Unfinished.logits`.
   """
   runs = {
-    track: _Run(program, track, modulation[track], tokens[track], masks[track])
-    for track in TRACKS
+    track: _Run(program, track, modulation[track], ids, masks[track])
+    for track, ids in tokens.items()
   }
-  protein, ligand = runs.values()
   for index in range(program.config.num_block):
-    # Both read the other's state before this layer.
-    reads = {
-      'protein': (
-        ligand.keys_and_values(protein.track.layers[index]),
-        ligand.mask,
-      ),
-      'ligand': (
-        protein.keys_and_values(ligand.track.layers[index]),
-        protein.mask,
-      ),
-    }
+    reads: dict[str, Any] = dict.fromkeys(runs, ())
+    if context is not None:
+      reads = dict.fromkeys(runs, (context.layers[index], context.mask))
+    elif len(runs) == 2:
+      # Both read the other's state before this layer.
+      for (track, run), other in zip(
+        runs.items(), reversed(runs.values()), strict=True
+      ):
+        layer = run.track.layers[index]
+        reads[track] = other.keys_and_values(layer), other.mask
     for track, run in runs.items():
       run.begin(index, *reads[track])
     if index < program.config.num_block - 1:
-      protein.finish()
-      ligand.finish()
+      for run in runs.values():
+        run.finish()
   return Unfinished(runs)
-
-
-def one_track(
-  program: Program,
-  modulation: Mapping[str, jax.Array],
-  track: str,
-  tokens: jax.Array,
-  mask: jax.Array | None,
-  context: Context | None = None,
-) -> 'Unfinished':
-  """One track, by itself or given a context.
-
-  Args:
-    program: from `prepare`.
-    modulation: [M] or [B, M] by track.
-    track: the generated one.
-    tokens: [B, n] integer.
-    mask: [B or 1, n] bool, True = real; None = all real.
-    context: from `encode_context`.
-
-  Returns:
-    All but the end of the last layer; see `Unfinished.logits`.
-  """
-  run = _Run(program, track, modulation[track], tokens, mask)
-  for index in range(program.config.num_block):
-    if context is None:
-      run.begin(index)
-    else:
-      run.begin(index, context.layers[index], context.mask)
-    if index < program.config.num_block - 1:
-      run.finish()
-  return Unfinished({track: run})
 
 
 def encode_context(
@@ -331,7 +373,7 @@ class _Run:
       modulation = modulation[0]
     self.config = program.config
     self.track = program.tracks[track]
-    self.style = network.STYLES[program.config.variant]
+    self.style = blocks.STYLES[program.config.variant]
     self.tokens = tokens
     self.mask = mask
     self.x = self.track.table[tokens]
@@ -342,7 +384,7 @@ class _Run:
     self.is_table = len(self.track.table) < tokens.size
     self.is_modulated_table = self.is_table and modulation.ndim == 1
     d_head = self.config.hidden_size // self.config.num_head
-    cos, sin = network.rotary_tables(tokens.shape[-1], d_head)
+    cos, sin = embeddings.rotary_tables(tokens.shape[-1], d_head)
     self.rotary = jnp.asarray(cos)[:, None], jnp.asarray(sin)[:, None]
     self.begun: Any = None
 
@@ -355,20 +397,12 @@ class _Run:
     """Keys and values of a block, which need all tokens."""
     layer = self.track.layers[index]
     scale, shift = self._chunks(index)[:2]
-    query = None
-    if layer.query is None:
-      query, key, value = self._projected(
-        lambda x: _modulated(x, scale, shift) @ layer.qkv,
-        3,
-        self.is_modulated_table,
-      )
-    else:
-      key, value = self._projected(
-        lambda x: _modulated(x, scale, shift) @ layer.qkv,
-        2,
-        self.is_modulated_table,
-      )
-    key = network.rotate(key, *self.rotary)
+    *query, key, value = self._projected(
+      lambda x: _modulated(x, scale, shift) @ layer.qkv,
+      3 if layer.query is None else 2,
+      self.is_modulated_table,
+    )
+    key = embeddings.rotate(key, *self.rotary)
     self.begun = index, query, key, value, read, read_mask
 
   def finish(self, positions: jax.Array | None = None) -> None:
@@ -381,11 +415,9 @@ class _Run:
     if positions is not None:
       self.x = _rows(self.x, positions)
       rotary = tuple(table[positions] for table in rotary)
-    if query is None:
-      (query,) = self._heads(
-        _modulated(self.x, scale1, shift1) @ layer.query, 1
-      )
-    query = network.rotate(query, *rotary)
+    if not query:
+      query = self._heads(_modulated(self.x, scale1, shift1) @ layer.query, 1)
+    query = embeddings.rotate(query[0], *rotary)
     update = _attend(query, key, value, self.mask) @ layer.out
     self._add(update, layer.out_bias, gate1, self.mask)
     self.is_table = self.is_modulated_table = False
@@ -397,7 +429,7 @@ class _Run:
       self._add(update, cross.out_bias, None, read_mask)
 
     hidden = _modulated(self.x, scale2, shift2) @ layer.mlp_in
-    hidden = network.gelu(
+    hidden = blocks.gelu(
       hidden + layer.mlp_in_bias, approximate=self.style.approximate_gelu
     )
     self._add(hidden @ layer.mlp_out, layer.mlp_out_bias, gate2)
@@ -497,15 +529,15 @@ def _attend(
 
 
 def _prepare_track(
-  config: network.AnyConfig,
+  config: AnyConfig,
   params: hk.Params,
   track: str,
   absorbing: bool,
   dtype: Any,
 ) -> TrackProgram:
-  embed, stack, blocks, output = _SCOPES[track]
-  scope = f'{stack}/{network.LAYER_STACK}/{blocks}/'
-  gates = network.STYLES[config.variant].gates
+  embed, stack, own, output = _SCOPES[track]
+  scope = f'{stack}/{blocks.LAYER_STACK}/{own}/'
+  gates = blocks.STYLES[config.variant].gates
   c_hidden = config.hidden_size
 
   def stacked(path: str, name: str) -> Any:
@@ -518,25 +550,25 @@ def _prepare_track(
 
     scale = (c_hidden // config.num_head) ** -0.5
     qkv = get('attn_qkv')
-    own, qkv = qkv[:, :c_hidden] * scale, qkv[:, c_hidden:]
+    query, qkv = qkv[:, :c_hidden] * scale, qkv[:, c_hidden:]
     is_last = index == config.num_block - 1
     if not is_last:
-      qkv = jnp.concatenate([own, qkv], 1)
+      qkv = jnp.concatenate([query, qkv], 1)
     cross = None
-    if isinstance(config, network.DualTrackConfig):
-      query = get('cross_attn/q_proj') * scale
+    if isinstance(config, DualTrackConfig):
+      read = get('cross_attn/q_proj') * scale
       cross = Cross(
-        query=get('cross_attn/norm_q', 'scale')[:, None] * query,
-        query_bias=get('cross_attn/norm_q', 'offset') @ query,
+        query=get('cross_attn/norm_q', 'scale')[:, None] * read,
+        query_bias=get('cross_attn/norm_q', 'offset') @ read,
         key=get('cross_attn/norm_kv', 'scale')[:, None]
         * get('cross_attn/k_proj'),
         value=get('cross_attn/v_proj'),
         out=get('cross_attn/out_proj'),
         out_bias=get('cross_attn/out_proj', 'bias'),
       )
-    mlp_out = network.STYLES[config.variant].mlp_out
+    mlp_out = blocks.STYLES[config.variant].mlp_out
     return Layer(
-      query=own if is_last else None,
+      query=query if is_last else None,
       qkv=qkv,
       out=get('attn_out'),
       out_bias=get('attn_out', 'bias'),
@@ -587,13 +619,14 @@ def _prepare_track(
     )
   )
   weights, biases = zip(*modulation, strict=True)
+  shape = params[embed]['embedding'].shape
   table = hk.without_apply_rng(
     hk.transform(
-      lambda tokens: network.embedding(config, embed.removesuffix('_embed'))(
-        tokens
-      )
+      lambda tokens: embeddings.TokenEmbedding(
+        *shape, normalise=track != ONLY, name=embed
+      )(tokens)
     )
-  ).apply(params, jnp.arange(len(params[embed]['embedding'])))
+  ).apply(params, jnp.arange(shape[0]))
   head = params[f'{output}/linear']['weights']
   head_bias = params[f'{output}/linear'].get('bias')
   if head_bias is None:

@@ -1,188 +1,62 @@
 """Samplers: from all-absorbed (or uniform) tokens to clean ones.
 
-Lou, Meng, Ermon 2024, Algs. 2 and 3; SEDD `sampling.py` @ 0605786d. On a grid
-t_0 = 1 > ... > t_steps = eps each step calls the network once and draws every
-token from
-
-  analytic  staggered_score(s, dsigma) * transp_transition(x, dsigma)
-  euler     onehot(x) + dt rate(t) reverse_rate(x, s)
-
-and a last call at eps removes what noise is left (denoiser). Both tracks of the
-joint mode are updated from the same call.
-
-For an absorbing graph both predictors leave clean tokens alone and replace an
-absorbed one by v with probability
-
-  p_v = k e^{logit_v} / (V - 1),  k = (e^dsigma - 1) / (e^sigma - 1)  analytic
-                                  k = dt rate(t) / (e^sigma - 1)      euler
-
-(k = dt / t for both with log-linear noise), and always if these sum to more
-than 1. So two uniforms per position are enough: whether it is replaced, and by
-what. `sample` does that; `sample_from_uniform` is the literal form, which
-replays recorded draws.
+What a user calls: inputs are checked, the network is prepared, and the whole
+loop is one compiled scan. `absorbing` and `literal` hold the loops, `schedule`
+the options.
 """
 
-import dataclasses
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from structattn_jax.common import base_config, checks, numerics
+from structattn_jax.common import checks
+from structattn_jax.discrete_diffusion import (
+  absorbing,
+  literal,
+  prepared_network,
+  schedule,
+)
 from structattn_jax.discrete_diffusion import graph as graph_lib
 from structattn_jax.discrete_diffusion import noise as noise_lib
-from structattn_jax.discrete_diffusion import prepared_network as kernel
-from structattn_jax.network.sedd import dual_track as network_lib
-
-Predictor = Literal['analytic', 'euler']
-Tokens = Mapping[str, jax.Array]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SamplerConfig(base_config.BaseConfig):
-  """How to sample.
-
-  Attributes:
-    steps: number of steps before the denoiser.
-    predictor: 'analytic' or 'euler'.
-    denoise: whether a last network call removes the noise left at `eps`.
-    eps: time of the last step.
-    temperature: of the choice among new tokens; not of whether to change one.
-    top_p: the smallest set of most likely new tokens with at least this
-      probability is kept; 1 keeps all.
-  """
-
-  steps: int = 64
-  predictor: Predictor = 'analytic'
-  denoise: bool = True
-  eps: float = 1e-5
-  temperature: float = 1.0
-  top_p: float = 1.0
-
-  def __post_init__(self) -> None:
-    super().__post_init__()
-    for name, ok, wanted in (
-      ('steps', self.steps >= 1, 'at least 1'),
-      ('eps', 0 < self.eps < 1, 'a time in (0, 1)'),
-      ('temperature', self.temperature > 0, 'a number above 0'),
-      ('top_p', 0 < self.top_p <= 1, 'a probability in (0, 1]'),
-    ):
-      if not ok:
-        raise ValueError(
-          f'SamplerConfig.{name}: expected {wanted}, got {getattr(self, name)}'
-        )
-
-
-_DEFAULT = SamplerConfig()
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class SampleOutput:
-  """Samples; dictionaries by generated track ('only' for a single track).
-
-  Attributes:
-    tokens: [num_samples, n] int32.
-    states: [steps + 1, num_samples, n] int32, tokens that enter each network
-      call, the last one the denoiser's; None unless asked for.
-    network_calls: [] int32, how often the network was run.
-  """
-
-  tokens: dict[str, jax.Array]
-  states: dict[str, jax.Array] | None
-  network_calls: jax.Array
-
-  @property
-  def protein(self) -> jax.Array | None:
-    """Protein tokens; None if they were not generated."""
-    return self.tokens.get('protein')
-
-  @property
-  def ligand(self) -> jax.Array | None:
-    """Ligand tokens; None if they were not generated."""
-    return self.tokens.get('ligand')
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Replay:
-  """What `sample_from_uniform` went through; dictionaries by track.
-
-  Attributes:
-    tokens: [B, n] int32, the result.
-    states: [steps + 1, B, n] int32, tokens that enter each network call.
-    probabilities: [steps, B, n, V] float32, what each step drew from; values
-      below 0 are never drawn, and rows need not sum to 1. None if not asked
-      for.
-    denoiser_probabilities: [B, n, V], or V - 1 for absorbing graphs.
-  """
-
-  tokens: dict[str, jax.Array]
-  states: dict[str, jax.Array]
-  probabilities: dict[str, jax.Array] | None
-  denoiser_probabilities: dict[str, jax.Array] | None
-
-
-class Schedule(NamedTuple):
-  """Numbers of all steps, float32 in NumPy, computed in float64.
-
-  Attributes:
-    sigma: [steps + 1] at t_i.
-    dsigma: [steps] sigma(t_i) - sigma(t_i - dt).
-    rate: [steps] dt rate(t_i).
-  """
-
-  sigma: np.ndarray
-  dsigma: np.ndarray
-  rate: np.ndarray
-
-
-def schedule(noise: noise_lib.Noise, sampler: SamplerConfig) -> Schedule:
-  """The grid of a sampler: t from 1 to eps."""
-  t = np.linspace(1, sampler.eps, sampler.steps + 1)
-  dt = (1 - sampler.eps) / sampler.steps
-  sigma = noise.total(t)
-  return Schedule(
-    *(
-      x.astype(np.float32)
-      for x in (
-        sigma,
-        sigma[:-1] - noise.total(t[:-1] - dt),
-        dt * noise.rate(t[:-1]),
-      )
-    )
-  )
+from structattn_jax.discrete_diffusion.absorbing import SampleOutput
+from structattn_jax.discrete_diffusion.prepared_network import (
+  AnyConfig,
+  Program,
+)
+from structattn_jax.discrete_diffusion.schedule import SamplerConfig
+from structattn_jax.network.sedd import dual_track, single_track
 
 
 def sample(
-  config: network_lib.DualTrackConfig,
-  params: hk.Params | kernel.Program,
+  config: dual_track.DualTrackConfig,
+  params: hk.Params | Program,
   key: jax.Array,
   *,
   num_samples: int,
-  mode: network_lib.Mode = 'joint',
+  mode: dual_track.Mode = 'joint',
   protein: jax.Array | int | None = None,
   ligand: jax.Array | int | None = None,
   protein_mask: jax.Array | None = None,
   ligand_mask: jax.Array | None = None,
   protein_fixed: jax.Array | None = None,
   ligand_fixed: jax.Array | None = None,
-  sampler: SamplerConfig = _DEFAULT,
+  sampler: SamplerConfig = schedule.DEFAULT,
   noise: noise_lib.Noise = noise_lib.DEFAULT,
   graph: graph_lib.GraphKind = 'absorbing',
   return_states: bool = False,
 ) -> SampleOutput:
   """Draws proteins, ligands or both; the whole loop is one compiled scan.
 
-    >>> config = network_lib.DualTrackConfig(
+    >>> config = dual_track.DualTrackConfig(
     ...   hidden_size=16, num_head=2, num_block=2, ligand_vocab=30
     ... )
     >>> protein = jnp.array([0, 4, 5, 6, 2])
-    >>> params = network_lib.transform_sedd_dual_track(config).init(
+    >>> params = dual_track.transform_sedd_dual_track(config).init(
     ...   jax.random.key(0), protein, jnp.array([0, 7, 1]), jnp.array(0.5)
     ... )
     >>> out = sample(
@@ -205,7 +79,7 @@ def sample(
   Args:
     config: sizes.
     params: of `transform_sedd_dual_track(config)`, or what
-      `kernels.sedd_dual_track.prepare` made of them, which saves that work in
+      `prepared_network.cached_sedd` made of them, which saves that work in
       each call.
     key: PRNG key.
     num_samples: number of samples B.
@@ -238,7 +112,7 @@ def sample(
     'protein': (protein, protein_mask, protein_fixed),
     'ligand': (ligand, ligand_mask, ligand_fixed),
   }
-  tracks = network_lib.tracks_of(mode)
+  tracks = dual_track.tracks_of(mode)
   context = {
     track: _context(track, _vocab(config, track), num_samples, *given[track])
     for track in tracks.context
@@ -261,15 +135,15 @@ def sample(
 
 
 def sample_sedd(
-  config: network_lib.SeddConfig,
-  params: hk.Params | kernel.Program,
+  config: single_track.SeddConfig,
+  params: hk.Params | Program,
   key: jax.Array,
   *,
   num_samples: int,
   tokens: jax.Array | int,
   mask: jax.Array | None = None,
   fixed: jax.Array | None = None,
-  sampler: SamplerConfig = _DEFAULT,
+  sampler: SamplerConfig = schedule.DEFAULT,
   noise: noise_lib.Noise = noise_lib.DEFAULT,
   graph: graph_lib.GraphKind = 'absorbing',
   return_states: bool = False,
@@ -293,7 +167,7 @@ def sample_sedd(
   Returns:
     Tokens of the track 'only'.
   """
-  given = {kernel.ONLY: (tokens, mask, fixed)}
+  given = {prepared_network.ONLY: (tokens, mask, fixed)}
   return _sample(
     config,
     params,
@@ -306,12 +180,6 @@ def sample_sedd(
     graph,
     return_states,
   )
-
-
-def _vocab(config: network_lib.AnyConfig, track: str) -> int:
-  if isinstance(config, network_lib.SeddConfig):
-    return config.vocab
-  return config.protein_vocab if track == 'protein' else config.ligand_vocab
 
 
 def _context(
@@ -353,9 +221,15 @@ def _batched(
   return x
 
 
+def _vocab(config: AnyConfig, track: str) -> int:
+  if isinstance(config, single_track.SeddConfig):
+    return config.vocab
+  return config.protein_vocab if track == 'protein' else config.ligand_vocab
+
+
 def _sample(
-  config: network_lib.AnyConfig,
-  params: hk.Params | kernel.Program,
+  config: AnyConfig,
+  params: hk.Params | Program,
   key: jax.Array,
   num_samples: int,
   given: Mapping[str, tuple[Any, Any, Any]],
@@ -391,10 +265,11 @@ def _sample(
         checks.check_shapes(
           {'n': lengths[track]}, **{f'{track}_{name}': (x[0], 'n')}
         )
-  if not isinstance(params, kernel.Program):
+  if not isinstance(params, Program):
     params = _prepared(config, params, absorbing=graph == 'absorbing')
-  run = _run_absorbing if graph == 'absorbing' else _run_uniform
-  return run(
+  elif params.config != config:
+    raise ValueError(f'params: prepared for {params.config}, not for {config}')
+  return _run(
     params,
     key,
     masks,
@@ -404,17 +279,29 @@ def _sample(
     num_samples=num_samples,
     sampler=sampler,
     noise=noise,
+    graph=graph,
     return_states=return_states,
   )
 
 
-_prepared = jax.jit(kernel.prepare, static_argnames=('config', 'absorbing'))
-_STATIC = ('lengths', 'num_samples', 'sampler', 'noise', 'return_states')
+_prepared = jax.jit(
+  prepared_network.prepare, static_argnames=('config', 'absorbing')
+)
 
 
-@functools.partial(jax.jit, static_argnames=_STATIC)
-def _run_absorbing(
-  program: kernel.Program,
+@functools.partial(
+  jax.jit,
+  static_argnames=(
+    'lengths',
+    'num_samples',
+    'sampler',
+    'noise',
+    'graph',
+    'return_states',
+  ),
+)
+def _run(
+  program: Program,
   key: jax.Array,
   masks: dict[str, jax.Array | None],
   fixed: dict[str, tuple[jax.Array, jax.Array] | None],
@@ -424,268 +311,80 @@ def _run_absorbing(
   num_samples: int,
   sampler: SamplerConfig,
   noise: noise_lib.Noise,
+  graph: graph_lib.GraphKind,
   return_states: bool,
 ) -> SampleOutput:
-  """The loop for absorbing graphs: two uniforms per position."""
-  graphs = _graphs(program, 'absorbing')
-  sizes = dict(lengths)
-  sigma = schedule(noise, sampler).sigma[: sampler.steps + sampler.denoise]
-  modulation = kernel.modulations(program, jnp.asarray(sigma))
-  uniforms = {
-    track: _sample_uniforms(key, track, num_samples, n, len(sigma))
-    for track, n in sizes.items()
+  """Draws all numbers, encodes contexts and runs the loop of the graph."""
+  graphs = {
+    track: graph_lib.make_graph(graph, len(program.tracks[track].table))
+    for track, _ in lengths
   }
-  time_free = not program.config.time_conditioning
-  encoded = None
-  if time_free:
-    # The same at all noise levels.
-    first = {track: value[0] for track, value in modulation.items()}
-    encoded = _encoded(program, first, context)
-
-  def network(tokens, modulation):
-    read = encoded if time_free else _encoded(program, modulation, context)
-    return _begun(program, modulation, tokens, masks, read).logits
-
-  return sample_absorbing_from_uniform(
-    network,
-    {track: graphs[track].dim for track in sizes},
-    uniforms,
-    modulation,
-    noise=noise,
-    sampler=sampler,
-    fixed=fixed,
-    time_free=time_free,
-    return_states=return_states,
-  )
-
-
-def sample_absorbing_from_uniform(
-  network: Callable[[Tokens, Any], Callable[..., Tokens]],
-  dims: Mapping[str, int],
-  uniforms: Tokens,
-  conditions: Any,
-  *,
-  noise: noise_lib.Noise = noise_lib.DEFAULT,
-  sampler: SamplerConfig = _DEFAULT,
-  fixed: Mapping[str, tuple[jax.Array, jax.Array] | None] | None = None,
-  time_free: bool = False,
-  return_states: bool = False,
-) -> SampleOutput:
-  """The loop of `sample` with given draws; absorbing graphs.
-
-  The same distribution as `sample_from_uniform` with two uniforms per position
-  instead of V. The end of the network runs only at absorbed positions, which
-  are gathered up to a number that is one of a few; nothing runs when no token
-  is absorbed.
-
-  Args:
-    network: `network(tokens, condition)` does what needs all tokens [B, n] by
-      track, and returns a function of `positions`, [B, k] by track or None for
-      all, that gives logits [B, k or n, n_out] by track; see
-      `replace_from_uniform` for n_out.
-    dims: states by track, including the absorbing one.
-    uniforms: [calls, B, n, 2] float in [0, 1) by track: whether and by what a
-      token is replaced. calls = steps + 1, or steps without the denoiser.
-    conditions: tree of [calls, ...], an entry for each network call.
-    noise: schedule.
-    sampler: how to sample.
-    fixed: as in `sample_from_uniform`.
-    time_free: whether logits depend on the tokens alone: then the network is
-      called only after a token has changed, with the same result.
-    return_states: whether to return the trajectory.
-
-  Returns:
-    The samples.
-  """
-  kept = fixed or {}
-  plan = schedule(noise, sampler)
-  # Chances relative to e^logit / (V - 1); the denoiser always replaces.
-  amount = plan.rate.astype(np.float64)
-  if sampler.predictor == 'analytic':
-    amount = np.expm1(plan.dsigma.astype(np.float64))
-  log_chance = np.log(amount / np.expm1(plan.sigma[:-1].astype(np.float64)))
-  if sampler.denoise:
-    log_chance = np.append(log_chance, np.inf)
-  start = {
-    track: jnp.full(draws.shape[1:3], dims[track] - 1, jnp.int32)
-    for track, draws in uniforms.items()
-  }
-  longest = max(ids.shape[-1] for ids in start.values())
-  num_levels = max(1, min(_MOST_LEVELS, longest // _POSITIONS_PER_LEVEL))
-
-  def replaced(tokens, logits, log_chance, draws):
-    return {
-      track: replace_from_uniform(
-        logits[track],
-        ids,
-        log_chance,
-        draws[track],
-        dim=dims[track],
-        temperature=sampler.temperature,
-        top_p=sampler.top_p,
-      )
-      for track, ids in tokens.items()
-    }
-
-  def absorbed(tokens):
-    return {track: ids == dims[track] - 1 for track, ids in tokens.items()}
-
-  def project(tokens):
-    return {
-      track: _put_back(ids, kept.get(track)) for track, ids in tokens.items()
-    }
-
-  def at_level(level, begun, tokens, log_chance, draws):
-    """The end of one step at the first `level` parts of the positions."""
-    if level == num_levels:
-      return replaced(tokens, begun(None), log_chance, draws)
-    positions = {
-      track: jnp.argsort(~where, -1, stable=True)[
-        :, : -(-where.shape[-1] * level // num_levels)
-      ]
-      for track, where in absorbed(tokens).items()
-    }
-
-    def take(values):
-      return {
-        track: jax.vmap(lambda x, i: x[i])(x, positions[track])
-        for track, x in values.items()
-      }
-
-    new = replaced(take(tokens), begun(positions), log_chance, take(draws))
-    return {
-      track: jax.vmap(lambda x, i, y: x.at[i].set(y))(
-        ids, positions[track], new[track]
-      )
-      for track, ids in tokens.items()
-    }
-
-  def step(carry, inputs):
-    tokens, calls = carry
-    condition, log_chance, draws = inputs
-    tokens = project(tokens)
-    part = jnp.max(
-      jnp.stack(
-        [
-          jnp.max(jnp.sum(where, -1)) / where.shape[-1]
-          for where in absorbed(tokens).values()
-        ]
-      )
-    )
-
-    def call(tokens):
-      begun = network(tokens, condition)
-      branches = [
-        lambda tokens, level=level: at_level(
-          level, begun, tokens, log_chance, draws
-        )
-        for level in range(1, num_levels + 1)
-      ]
-      level = jnp.ceil(part * num_levels).astype(jnp.int32)
-      return jax.lax.switch(level - 1, branches, tokens)
-
-    # Without anything absorbed nothing can change any more.
-    new = jax.lax.cond(part > 0, call, dict, tokens)
-    calls += (part > 0).astype(jnp.int32)
-    return (new, calls), tokens if return_states else None
-
-  def time_free_step(carry, inputs):
-    tokens, logits, changed, calls = carry
-    condition, log_chance, draws = inputs
-    tokens = project(tokens)
-    logits = jax.lax.cond(
-      changed,
-      lambda tokens: network(tokens, condition)(None),
-      lambda tokens: logits,
-      tokens,
-    )
-    new = replaced(tokens, logits, log_chance, draws)
-    calls += changed.astype(jnp.int32)
-    changed = jnp.any(
-      jnp.stack([jnp.any(new[track] != ids) for track, ids in tokens.items()])
-    )
-    return (new, logits, changed, calls), tokens if return_states else None
-
-  inputs = (conditions, jnp.asarray(log_chance, jnp.float32), dict(uniforms))
-  calls = jnp.int32(0)
-  if time_free:
-    condition = jax.tree.map(lambda x: x[0], conditions)
-    shapes = jax.eval_shape(
-      lambda tokens: network(tokens, condition)(None), start
-    )
-    logits = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-    carry = (start, logits, jnp.bool_(True), calls)
-    (tokens, _, _, calls), states = jax.lax.scan(time_free_step, carry, inputs)
-  else:
-    (tokens, calls), states = jax.lax.scan(step, (start, calls), inputs)
-  tokens = project(tokens)
-  if return_states and not sampler.denoise:
-    states = {
-      track: jnp.concatenate([states[track], ids[None]])
-      for track, ids in tokens.items()
-    }
-  return SampleOutput(tokens, states, calls)
-
-
-# The end of the network is compiled for so many parts of the positions, where
-# there are enough of them.
-_MOST_LEVELS = 4
-_POSITIONS_PER_LEVEL = 8
-
-
-@functools.partial(jax.jit, static_argnames=_STATIC)
-def _run_uniform(
-  program: kernel.Program,
-  key: jax.Array,
-  masks: dict[str, jax.Array | None],
-  fixed: dict[str, tuple[jax.Array, jax.Array] | None],
-  context: dict[str, tuple[jax.Array, jax.Array | None]],
-  *,
-  lengths: tuple[tuple[str, int], ...],
-  num_samples: int,
-  sampler: SamplerConfig,
-  noise: noise_lib.Noise,
-  return_states: bool,
-) -> SampleOutput:
-  """The loop for the uniform graph: probabilities of all states."""
-  graphs = _graphs(program, 'uniform')
-  plan = schedule(noise, sampler)
-  modulation = kernel.modulations(program, jnp.asarray(plan.sigma))
   calls = sampler.steps + sampler.denoise
+  sigma = jnp.asarray(schedule.make_schedule(noise, sampler).sigma)
+  is_time_free = not program.config.time_conditioning
 
-  def keys(track):
-    """[calls + 1, num_samples] keys; the first row draws the start."""
-    each = _sample_keys(key, track, num_samples)
-    return jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (None, 0))(
-      each, jnp.arange(calls + 1)
+  def encoded(modulation):
+    for track, inputs in context.items():
+      return prepared_network.encode_context(
+        program, modulation, track, *inputs
+      )
+    return None
+
+  def begun(tokens, modulation, read):
+    return prepared_network.begin(program, modulation, tokens, masks, read)
+
+  if graph == 'absorbing':
+    modulation = prepared_network.modulations(program, sigma[:calls])
+    # Without time the same at all noise levels.
+    read = None
+    if is_time_free:
+      read = encoded(jax.tree.map(lambda x: x[0], modulation))
+    return absorbing.sample_absorbing_from_uniform(
+      lambda tokens, modulation: (
+        begun(
+          tokens, modulation, read if is_time_free else encoded(modulation)
+        ).logits
+      ),
+      {track: each.dim for track, each in graphs.items()},
+      {
+        track: _sample_uniforms(key, track, num_samples, n, calls)
+        for track, n in lengths
+      },
+      modulation,
+      noise=noise,
+      sampler=sampler,
+      fixed=fixed,
+      time_free=is_time_free,
+      return_states=return_states,
     )
 
   def draw(probabilities, keys):
     uniform = jax.vmap(
       lambda key, p: jax.random.uniform(key, p.shape, p.dtype)
     )(keys, probabilities)
-    return categorical_from_uniform(probabilities, uniform)
+    return literal.categorical_from_uniform(probabilities, uniform)
 
-  def network(tokens, modulation):
-    read = _encoded(program, modulation, context)
-    return _begun(program, modulation, tokens, masks, read).logits()
-
-  draws = {track: keys(track) for track, _ in lengths}
-  start = {
-    track: jax.vmap(
-      lambda key, n=n, dim=graphs[track].dim: jax.random.randint(
-        key, (n,), 0, dim
-      )
-    )(draws[track][0])
-    for track, n in lengths
+  # [calls + 1, num_samples] keys; the first row draws the start.
+  keys = {
+    track: jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (None, 0))(
+      _sample_keys(key, track, num_samples), jnp.arange(calls + 1)
+    )
+    for track, _ in lengths
   }
-  replay = _literal(
-    network,
+  replay = literal.run_literal(
+    lambda tokens, modulation: begun(
+      tokens, modulation, encoded(modulation)
+    ).logits(),
     graphs,
-    start,
-    {track: x[1 : sampler.steps + 1] for track, x in draws.items()},
-    {track: x[-1] for track, x in draws.items()},
-    modulation,
+    {
+      track: jax.vmap(
+        functools.partial(graphs[track].sample_limit, shape=(n,))
+      )(keys[track][0])
+      for track, n in lengths
+    },
+    {track: x[1 : sampler.steps + 1] for track, x in keys.items()},
+    {track: x[-1] for track, x in keys.items()},
+    prepared_network.modulations(program, sigma),
     draw,
     noise,
     sampler,
@@ -695,38 +394,6 @@ def _run_uniform(
   return SampleOutput(
     replay.tokens, replay.states if return_states else None, jnp.int32(calls)
   )
-
-
-def _graphs(
-  program: kernel.Program, kind: graph_lib.GraphKind
-) -> dict[str, graph_lib.Graph]:
-  return {
-    name: graph_lib.make_graph(kind, len(track.table))
-    for name, track in program.tracks.items()
-  }
-
-
-def _encoded(
-  program: kernel.Program,
-  modulation: dict[str, jax.Array],
-  context: dict[str, tuple[jax.Array, jax.Array | None]],
-) -> kernel.Context | None:
-  for track, (tokens, mask) in context.items():
-    return kernel.encode_context(program, modulation, track, tokens, mask)
-  return None
-
-
-def _begun(
-  program: kernel.Program,
-  modulation: dict[str, jax.Array],
-  tokens: dict[str, jax.Array],
-  masks: dict[str, jax.Array | None],
-  read: kernel.Context | None,
-) -> kernel.Unfinished:
-  if len(tokens) == 2:
-    return kernel.joint(program, modulation, tokens, masks)
-  ((track, ids),) = tokens.items()
-  return kernel.one_track(program, modulation, track, ids, masks[track], read)
 
 
 def _sample_keys(key: jax.Array, track: str, num_samples: int) -> jax.Array:
@@ -745,352 +412,3 @@ def _sample_uniforms(
     )(jnp.arange(n))
   )(_sample_keys(key, track, num_samples))
   return jnp.moveaxis(uniforms, 2, 0)
-
-
-def replace_from_uniform(
-  logits: jax.Array,
-  tokens: jax.Array,
-  log_chance: jax.Array | float,
-  uniform: jax.Array,
-  *,
-  dim: int,
-  temperature: float = 1.0,
-  top_p: float = 1.0,
-) -> jax.Array:
-  """Replaces absorbed tokens; the update of a sampler in closed form.
-
-  An absorbed token is replaced with probability
-
-    min(1, chance / (dim - 1) sum_v e^{logit_v})
-
-  by v with probability softmax(logits)_v, found by inverting the cumulative
-  distribution first over blocks of `kernels.sedd_dual_track.BLOCK` tokens and
-  then within one. No array of the size of the logits is kept.
-
-  Args:
-    logits: [..., V] float with V >= dim - 1; entries from dim - 1 on are not
-      used, and must be -1e30 if V is a multiple of the block.
-    tokens: [...] int32.
-    log_chance: [] float, log of `chance`; infinite to replace always.
-    uniform: [..., 2] float in [0, 1).
-    dim: states of the graph, the absorbing one included.
-    temperature: see `SamplerConfig`.
-    top_p: see `SamplerConfig`.
-
-  Returns:
-    [...] int32.
-  """
-  logits = numerics.at_least_float32(logits)
-  block = kernel.BLOCK
-  if logits.shape[-1] % block:
-    extra = -(dim - 1) % block
-    logits = jnp.concatenate(
-      [
-        logits[..., : dim - 1],
-        jnp.full((*tokens.shape, extra), -1e30, logits.dtype),
-      ],
-      -1,
-    )
-  absorbed = tokens == dim - 1
-  mass = log_chance - np.log(dim - 1)
-  if temperature != 1 or top_p != 1:
-    mass += jax.nn.logsumexp(logits, -1)
-    logits = sharpened(logits, temperature, top_p)
-  blocks = logits.reshape(*tokens.shape, -1, block)
-  largest = jnp.max(blocks, -1)
-  top = jnp.max(largest, -1)
-  sums = jnp.sum(jnp.exp(blocks - top[..., None, None]), -1)
-  cumulated = jnp.cumsum(sums, -1)
-  total = cumulated[..., -1]
-  if temperature == 1 and top_p == 1:
-    mass += top + jnp.log(total)
-  replaced = absorbed & (jnp.log(uniform[..., 0]) < mass)
-
-  target = uniform[..., 1] * total
-  index = _first_above(cumulated, target, sums > 0)
-  before = jnp.take_along_axis(cumulated - sums, index, -1)
-  row = jnp.take_along_axis(blocks, index[..., None], -2)[..., 0, :]
-  row = jnp.exp(row - top[..., None])
-  column = _first_above(jnp.cumsum(row, -1), target - before[..., 0], row > 0)
-  new = (index * block + column)[..., 0]
-  return jnp.where(replaced, new, tokens).astype(jnp.int32)
-
-
-def _first_above(
-  cumulated: jax.Array, target: jax.Array, real: jax.Array
-) -> jax.Array:
-  """[..., 1] index of the first entry above `target`.
-
-  Rounding must not lead to an entry without probability: then it is the last
-  one that has some.
-  """
-  index = jnp.sum(cumulated <= target[..., None], -1, keepdims=True)
-  number = jnp.arange(real.shape[-1])
-  last = jnp.max(jnp.where(real, number, 0), -1, keepdims=True)
-  index = jnp.minimum(index, last)
-  return jnp.where(jnp.take_along_axis(real, index, -1), index, last)
-
-
-def sample_from_uniform(
-  network: Callable[[Tokens, jax.Array], Tokens],
-  graphs: Mapping[str, graph_lib.Graph],
-  start: Tokens,
-  uniforms: Tokens,
-  denoiser_uniforms: Tokens | None = None,
-  *,
-  noise: noise_lib.Noise = noise_lib.DEFAULT,
-  sampler: SamplerConfig = _DEFAULT,
-  fixed: Mapping[str, tuple[jax.Array, jax.Array]] | None = None,
-) -> Replay:
-  """Samples with given draws, in the literal form; any graph.
-
-  Probabilities of all V states are computed at every position, and the drawn
-  one is argmax_v p_v / (1e-10 - log(u_v + 1e-10)).
-
-  Args:
-    network: `network(tokens, sigma)` returns logits [B, n, V] by track, of
-      tokens [B, n] by track and sigma [].
-    graphs: by track; the names of the tracks are free.
-    start: [B, n] int32 by track.
-    uniforms: [steps, B, n, V] float in [0, 1) by track.
-    denoiser_uniforms: [B, n, V - 1] by track for absorbing graphs, V for
-      others; None if `sampler.denoise` is off.
-    noise: schedule.
-    sampler: how to sample.
-    fixed: (tokens [B, n] or [n], mask likewise, True = keep) by track; these
-      are put back before every network call and at the end.
-
-  Returns:
-    Result, states and probabilities.
-  """
-  if sampler.denoise and denoiser_uniforms is None:
-    raise ValueError('denoiser_uniforms: needed by the denoiser, got None')
-  return _literal(
-    network,
-    graphs,
-    start,
-    uniforms,
-    denoiser_uniforms,
-    jnp.asarray(schedule(noise, sampler).sigma),
-    categorical_from_uniform,
-    noise,
-    sampler,
-    fixed or {},
-  )
-
-
-def _literal(
-  network: Callable[..., Tokens],
-  graphs: Mapping[str, graph_lib.Graph],
-  start: Tokens,
-  draws: Tokens,
-  final_draws: Tokens | None,
-  conditions: Any,
-  draw: Callable[[jax.Array, jax.Array], jax.Array],
-  noise: noise_lib.Noise,
-  sampler: SamplerConfig,
-  fixed: Mapping[str, tuple[jax.Array, jax.Array] | None],
-  *,
-  with_probabilities: bool = True,
-) -> Replay:
-  """`sample_from_uniform` with any source of randomness.
-
-  Args:
-    network: `network(tokens, condition)` with an entry of `conditions`.
-    graphs: by track.
-    start: by track.
-    draws: [steps, ...] by track.
-    final_draws: by track.
-    conditions: tree of [steps + 1, ...].
-    draw: draws tokens from probabilities and an entry of `draws`.
-    noise: schedule.
-    sampler: how to sample.
-    fixed: by track.
-    with_probabilities: whether to return those of all steps.
-  """
-  plan = schedule(noise, sampler)
-  amounts = plan.dsigma if sampler.predictor == 'analytic' else plan.rate
-  shape = {'temperature': sampler.temperature, 'top_p': sampler.top_p}
-
-  def project(tokens):
-    return {
-      track: _put_back(ids, fixed.get(track)) for track, ids in tokens.items()
-    }
-
-  def log_scores(tokens, condition, sigma):
-    logits = network(tokens, condition)
-    return {
-      track: graphs[track].log_score(logits[track], ids, sigma)
-      for track, ids in tokens.items()
-    }
-
-  def step(tokens, inputs):
-    condition, sigma, amount, draws = inputs
-    tokens = project(tokens)
-    scores = log_scores(tokens, condition, sigma)
-    found = {
-      track: step_probabilities(
-        graphs[track],
-        scores[track],
-        ids,
-        amount,
-        predictor=sampler.predictor,
-        **shape,
-      )
-      for track, ids in tokens.items()
-    }
-    new = {track: draw(found[track], draws[track]) for track in tokens}
-    return new, (tokens, found if with_probabilities else None)
-
-  first, last = (
-    jax.tree.map(lambda x, i=i: x[i], conditions) for i in (slice(None, -1), -1)
-  )
-  scanned = (first, plan.sigma[:-1], amounts, dict(draws))
-  tokens, (states, found) = jax.lax.scan(step, dict(start), scanned)
-  tokens = project(tokens)
-  states = {
-    track: jnp.concatenate([states[track], tokens[track][None]])
-    for track in states
-  }
-  if not sampler.denoise or final_draws is None:
-    return Replay(tokens, states, found, None)
-  sigma = jnp.asarray(plan.sigma[-1])
-  scores = log_scores(tokens, last, sigma)
-  final = {
-    track: denoiser_probabilities(
-      graphs[track], scores[track], ids, sigma, **shape
-    )
-    for track, ids in tokens.items()
-  }
-  drawn = {track: draw(final[track], final_draws[track]) for track in final}
-  return Replay(project(drawn), states, found, final)
-
-
-def step_probabilities(
-  graph: graph_lib.Graph,
-  log_score: jax.Array,
-  tokens: jax.Array,
-  amount: jax.Array,
-  *,
-  predictor: Predictor = 'analytic',
-  temperature: float = 1.0,
-  top_p: float = 1.0,
-) -> jax.Array:
-  """Where tokens go in one reverse step.
-
-  Args:
-    graph: forward process with V states.
-    log_score: [..., V] float.
-    tokens: [...] integer.
-    amount: float that broadcasts against `tokens`: dsigma for 'analytic', dt
-      times the noise rate for 'euler'.
-    predictor: which of the two.
-    temperature: see `SamplerConfig`.
-    top_p: see `SamplerConfig`.
-
-  Returns:
-    [..., V] float. Rows of 'analytic' sum to 1 for scores that belong to a
-    distribution; a value below 0 stands for 0.
-  """
-  score = jnp.exp(log_score)
-  if predictor == 'analytic':
-    staggered = graph.staggered_score(score, amount)
-    found = staggered * graph.transp_transition(tokens, amount)
-  else:
-    rate = graph.reverse_rate(tokens, score)
-    one_hot = jax.nn.one_hot(tokens, graph.dim, dtype=score.dtype)
-    found = one_hot + jnp.asarray(amount)[..., None] * rate
-  return _reshaped(found, tokens, temperature, top_p)
-
-
-def denoiser_probabilities(
-  graph: graph_lib.Graph,
-  log_score: jax.Array,
-  tokens: jax.Array,
-  sigma: jax.Array,
-  *,
-  temperature: float = 1.0,
-  top_p: float = 1.0,
-) -> jax.Array:
-  """Where tokens go when all noise is removed.
-
-  Args:
-    graph: forward process with V states.
-    log_score: [..., V] float.
-    tokens: [...] integer.
-    sigma: float that broadcasts against `tokens`, all the noise there is.
-    temperature: see `SamplerConfig`.
-    top_p: see `SamplerConfig`.
-
-  Returns:
-    [..., V] float, [..., V - 1] for absorbing graphs, not normalised there.
-  """
-  staggered = graph.staggered_score(jnp.exp(log_score), sigma)
-  found = staggered * graph.transp_transition(tokens, sigma)
-  found = _reshaped(found, tokens, temperature, top_p)
-  return found[..., :-1] if isinstance(graph, graph_lib.Absorbing) else found
-
-
-def categorical_from_uniform(
-  probabilities: jax.Array, uniform: jax.Array
-) -> jax.Array:
-  """Draws argmax_v p_v / (1e-10 - log(u_v + 1e-10)), as SEDD's `catsample`.
-
-  Args:
-    probabilities: [..., V] float, need not sum to 1; below 0 is never drawn.
-    uniform: [..., V] float in [0, 1).
-
-  Returns:
-    [...] int32.
-  """
-  exponential = 1e-10 - jnp.log(uniform + 1e-10)
-  return jnp.argmax(probabilities / exponential, -1).astype(jnp.int32)
-
-
-def _reshaped(
-  probabilities: jax.Array, tokens: jax.Array, temperature: float, top_p: float
-) -> jax.Array:
-  """Sharpens the distribution among new tokens; the part that stays, stays."""
-  if temperature == 1 and top_p == 1:
-    return probabilities
-  index = jnp.arange(probabilities.shape[-1], dtype=tokens.dtype)
-  own = index == tokens[..., None]
-  moving = jnp.where(own, 0, jnp.maximum(probabilities, 0))
-  mass = jnp.sum(moving, -1, keepdims=True)
-  logits = jnp.where(own, -jnp.inf, jnp.log(moving))
-  logits = sharpened(logits, temperature, top_p)
-  new = jnp.where(mass > 0, mass * jax.nn.softmax(logits), 0)
-  return jnp.where(own, probabilities, new)
-
-
-def sharpened(logits: jax.Array, temperature: float, top_p: float) -> jax.Array:
-  """Logits after temperature and nucleus; -inf for what is cut off.
-
-  Args:
-    logits: [..., V] float; -inf is allowed.
-    temperature: above 0; the logits are divided by it.
-    top_p: in (0, 1]; then the most likely tokens are kept until their
-      probability reaches this.
-
-  Returns:
-    [..., V] in the dtype of `logits`.
-  """
-  logits = logits / temperature
-  if top_p == 1:
-    return logits
-  ordered = jnp.sort(logits, -1, descending=True)
-  # The mass in front of each token: the first one is always kept.
-  weights = jax.nn.softmax(ordered)
-  before = jnp.cumsum(weights, -1) - weights
-  count = jnp.sum(before < top_p, -1, keepdims=True)
-  smallest = jnp.take_along_axis(ordered, count - 1, -1)
-  return jnp.where(logits < smallest, -jnp.inf, logits)
-
-
-def _put_back(
-  tokens: jax.Array, fixed: tuple[jax.Array, jax.Array] | None
-) -> jax.Array:
-  if fixed is None:
-    return tokens
-  values, mask = fixed
-  return jnp.where(mask, values, tokens).astype(tokens.dtype)

@@ -12,9 +12,10 @@ import numpy as np
 import optax
 
 from structattn_jax.discrete_diffusion import graph as graph_lib
-from structattn_jax.discrete_diffusion import losses, sampling
+from structattn_jax.discrete_diffusion import literal, losses, schedule
 from structattn_jax.discrete_diffusion import noise as noise_lib
-from structattn_jax.network.sedd import dual_track as sedd
+from structattn_jax.network import sedd
+from structattn_jax.network.sedd import blocks, dual_track, embeddings
 from structattn_jax.verification import torch_names
 from structattn_jax.verification.golden import Comparison, Golden, GoldenError
 
@@ -47,7 +48,7 @@ def place(torch_name: str) -> Place:
   block = re.fullmatch(r'(blocks(?:_prot|_lig)?)\.(\d+)\.(.*)', path)
   if block:
     outer = 'sedd' if block[1] == 'blocks' else 'dual_track'
-    path = f'{outer}.{sedd.LAYER_STACK}.{block[1]}.{block[3]}'
+    path = f'{outer}.{blocks.LAYER_STACK}.{block[1]}.{block[3]}'
     index = int(block[2])
   path = path.replace('mlp.fc1.', 'mlp.0.').replace('mlp.fc2.', 'mlp.2.')
   path = path.replace('output_layer.norm.', 'output_layer.norm_final.')
@@ -146,7 +147,7 @@ def dual_modes(golden: Golden) -> Iterator[Comparison]:
   inputs: dict[str, Any] = golden.part('inputs')
   recorded = golden.outputs()
   sigma = noise.total(inputs['t'])
-  masked = losses.ProteinLigand(
+  masked = sedd.ProteinLigand(
     inputs['protein_indices'],
     inputs['ligand_indices'],
     inputs['protein_mask'],
@@ -160,10 +161,10 @@ def dual_modes(golden: Golden) -> Iterator[Comparison]:
     name.partition('/')[0] for name in recorded if name.endswith('_log_score')
   }
   for case in sorted(modes):
-    mode = cast(sedd.Mode, case.removesuffix('_nomask'))
+    mode = cast(dual_track.Mode, case.removesuffix('_nomask'))
     tokens = masked
     if case != mode:
-      tokens = losses.ProteinLigand(masked.protein, masked.ligand)
+      tokens = sedd.ProteinLigand(masked.protein, masked.ligand)
 
     @jax.jit
     def run(params, tokens, sigma, mode=mode):
@@ -172,7 +173,7 @@ def dual_modes(golden: Golden) -> Iterator[Comparison]:
         track: graphs[track].log_score(
           getattr(logits, track), getattr(tokens, track), sigma[:, None]
         )
-        for track in sedd.tracks_of(mode).generated
+        for track in dual_track.tracks_of(mode).generated
       }
 
     for track, got in run(params, tokens, sigma).items():
@@ -182,7 +183,7 @@ def dual_modes(golden: Golden) -> Iterator[Comparison]:
   if 'loss/joint' not in recorded:
     return
 
-  clean = losses.ProteinLigand(inputs['protein_x0'], inputs['ligand_x0'])
+  clean = sedd.ProteinLigand(inputs['protein_x0'], inputs['ligand_x0'])
 
   @jax.jit
   def step(params):
@@ -307,7 +308,7 @@ def _single_intermediates(
         sigma,
       )
       found = {'embed': x, 'cond': condition}
-      scope = f'sedd/{sedd.LAYER_STACK}/'
+      scope = f'sedd/{blocks.LAYER_STACK}/'
       for i in range(config.num_block):
         own = {
           path.removeprefix(scope): {k: v[i] for k, v in values.items()}
@@ -457,10 +458,10 @@ def _graph_outputs(graph: graph_lib.Graph) -> Callable[..., dict[str, Any]]:
     sigma, dsigma = inputs['sigma'], inputs['dsigma']
     score = jnp.exp(inputs['log_score'])
     reverse = graph.reverse_rate(tokens, score)
-    probabilities = sampling.step_probabilities(
+    probabilities = literal.step_probabilities(
       graph, inputs['log_score'], tokens, dsigma
     )
-    euler = sampling.step_probabilities(
+    euler = literal.step_probabilities(
       graph,
       inputs['log_score'],
       tokens,
@@ -485,10 +486,10 @@ def _graph_outputs(graph: graph_lib.Graph) -> Callable[..., dict[str, Any]]:
         sigma,
         lambda: inputs['move_randint'],
       ),
-      'sample_categorical': sampling.categorical_from_uniform(
+      'sample_categorical': literal.categorical_from_uniform(
         probabilities, inputs['cat_uniform']
       ),
-      'sample_rate': sampling.categorical_from_uniform(
+      'sample_rate': literal.categorical_from_uniform(
         euler, inputs['rate_uniform']
       ),
     }
@@ -536,7 +537,7 @@ def sampler(golden: Golden) -> Iterator[Comparison]:
       values = np.zeros_like(start)
       values[:, locations] = inputs['cond/ids']
       fixed = {'only': (values, mask)}
-    found = sampling.sample_from_uniform(
+    found = literal.sample_from_uniform(
       network,
       {'only': graph},
       {'only': start.astype(np.int32)},
@@ -555,7 +556,7 @@ def dual_sampler(golden: Golden) -> Iterator[Comparison]:
   params = haiku_params(_dual_params(golden))
   inputs: dict[str, Any] = golden.part('inputs')
   recorded = golden.outputs()
-  given = losses.ProteinLigand(
+  given = sedd.ProteinLigand(
     inputs['protein_indices'],
     inputs['ligand_indices'],
     inputs.get('protein_mask'),
@@ -563,11 +564,11 @@ def dual_sampler(golden: Golden) -> Iterator[Comparison]:
   )
   predictors = golden.meta['predictor']
   for mode in cast(
-    list[sedd.Mode], sorted({name.partition('/')[0] for name in recorded})
+    list[dual_track.Mode], sorted({name.partition('/')[0] for name in recorded})
   ):
     kind = 'joint' if mode == 'joint' else 'conditional'
     predictor = predictors[kind].split()[0]
-    tracks = sedd.tracks_of(mode).generated
+    tracks = dual_track.tracks_of(mode).generated
     graphs = {
       track: _graph(golden, getattr(config, f'{track}_vocab'))
       for track in tracks
@@ -594,7 +595,7 @@ def dual_sampler(golden: Golden) -> Iterator[Comparison]:
       start[track] = states[0].astype(np.int32)
       if isinstance(graph, graph_lib.Absorbing):
         start[track] = np.full_like(start[track], graph.absorbing)
-    found = sampling.sample_from_uniform(
+    found = literal.sample_from_uniform(
       network,
       graphs,
       start,
@@ -609,17 +610,17 @@ def dual_sampler(golden: Golden) -> Iterator[Comparison]:
     yield from _replayed(golden, found, predictor, prefix)
 
 
-def _sampler(golden: Golden, predictor: str) -> sampling.SamplerConfig:
-  return sampling.SamplerConfig(
+def _sampler(golden: Golden, predictor: str) -> schedule.SamplerConfig:
+  return schedule.SamplerConfig(
     steps=golden.meta['steps'],
     eps=golden.meta['eps'],
-    predictor=cast(sampling.Predictor, predictor),
+    predictor=cast(schedule.Predictor, predictor),
   )
 
 
 def _replayed(
   golden: Golden,
-  found: sampling.Replay,
+  found: literal.Replay,
   predictor: str,
   prefixes: Mapping[str, str],
 ) -> Iterator[Comparison]:
@@ -670,7 +671,7 @@ def dual_components(golden: Golden) -> Iterator[Comparison]:
     return jax.jit(batched)(torch_names.haiku_params(own, scope), *arguments)
 
   if 'timestep/embedding' in recorded:
-    got = jax.jit(jax.vmap(sedd.timestep_embedding))(inputs['sigma'])
+    got = jax.jit(jax.vmap(embeddings.timestep_embedding))(inputs['sigma'])
     yield golden.value('timestep/embedding', got)
   if 'timestep/mlp' in recorded:
     got = run(
@@ -734,7 +735,7 @@ def dual_components(golden: Golden) -> Iterator[Comparison]:
 
 
 def _rotary(golden: Golden, recorded: set[str]) -> Iterator[Comparison]:
-  rotate = jax.jit(jax.vmap(sedd.rotate_half))
+  rotate = jax.jit(jax.vmap(embeddings.rotate_half))
   if 'rotary/qkv_out' in recorded:
     # [batch, n, 3, n_head, d_head]: queries, keys and values.
     is_wide = golden.is_float64 and golden.has_float64()

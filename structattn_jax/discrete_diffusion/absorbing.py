@@ -24,7 +24,7 @@ from structattn_jax.common import numerics
 from structattn_jax.discrete_diffusion import noise as noise_lib
 from structattn_jax.discrete_diffusion import schedule
 from structattn_jax.discrete_diffusion.literal import Tokens
-from structattn_jax.discrete_diffusion.prepared_network import BLOCK
+from structattn_jax.discrete_diffusion.program import BLOCK
 from structattn_jax.discrete_diffusion.schedule import SamplerConfig
 
 # The end of the network is compiled for so many parts of the positions, where
@@ -246,7 +246,7 @@ def replace_from_uniform(
     min(1, chance / (dim - 1) sum_v e^{logit_v})
 
   by v with probability softmax(logits)_v, found by inverting the cumulative
-  distribution first over blocks of `prepared_network.BLOCK` tokens and then
+  distribution first over blocks of `program.BLOCK` tokens and then
   within one. No array of the size of the logits is kept.
 
   Args:

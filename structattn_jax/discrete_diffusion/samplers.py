@@ -167,7 +167,7 @@ def sample_sedd(
   Returns:
     Tokens of the track 'only'.
   """
-  given = {prepared_network.ONLY: (tokens, mask, fixed)}
+  given = {ONLY: (tokens, mask, fixed)}
   return _sample(
     config,
     params,

@@ -15,7 +15,8 @@ from structattn_jax.discrete_diffusion import (
   samplers,
   schedule,
 )
-from structattn_jax.discrete_diffusion.prepared_network import ONLY, cached_sedd
+from structattn_jax.discrete_diffusion.prepared_network import cached_sedd
+from structattn_jax.discrete_diffusion.program import ONLY
 from structattn_jax.network.sedd import dual_track as network
 from structattn_jax.network.sedd import single_track
 
@@ -439,7 +440,7 @@ def test_prepared_parameters_give_the_same_samples():
   }
   got = dd.sample(CONFIG, program, jax.random.key(0), **arguments)
   other = dataclasses.replace(CONFIG, num_head=1)
-  with pytest.raises(ValueError, match='params: prepared for .*num_head=2'):
+  with pytest.raises(ValueError, match=r'params: prepared for .*num_head=2'):
     dd.sample(other, program, jax.random.key(0), **arguments)
   want = draw('ligand_given_protein', protein=CONTEXT, ligand=6)
   np.testing.assert_array_equal(got.ligand, want.ligand)
@@ -476,12 +477,12 @@ def test_wrong_inputs_raise_and_name_what_is_wrong(mode, inputs, message):
 
 def test_seed_variant_says_that_it_cannot_be_sampled():
   config = dataclasses.replace(CONFIG, variant='seed')
-  with pytest.raises(ValueError, match="config.variant: 'seed' cannot be samp"):
+  with pytest.raises(ValueError, match="'seed' cannot be sampled"):
     draw('joint', config, protein=3, ligand=2)
 
 
 def test_unknown_graph_raises():
-  with pytest.raises(ValueError, match="kind: expected one of .* got 'blue'"):
+  with pytest.raises(ValueError, match=r"kind: expected one of .* got 'blue'"):
     draw('joint', protein=3, ligand=2, graph='blue')
 
 

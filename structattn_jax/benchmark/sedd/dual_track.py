@@ -43,6 +43,7 @@ from structattn_jax.discrete_diffusion import (
 )
 from structattn_jax.discrete_diffusion import graph as graph_lib
 from structattn_jax.discrete_diffusion import noise as noise_lib
+from structattn_jax.discrete_diffusion import program as program_lib
 from structattn_jax.network.sedd import blocks, embeddings
 from structattn_jax.network.sedd import dual_track as network
 
@@ -252,7 +253,7 @@ def forward(case: Case) -> dict[str, Candidate]:
   tokens = batch_of(config, case)
   sigma = np.linspace(0.3, 3, case.batch, dtype=np.float32)
   program = jax.jit(
-    lambda params: prepared_network.prepare(config, params, absorbing=False)
+    lambda params: program_lib.prepare(config, params, absorbing=False)
   )(params)
 
   def scores(logits, tokens, sigma):
@@ -458,9 +459,7 @@ def _sampling(
     track: (lengths[track], getattr(config, f'{track}_vocab'))
     for track in tracks.generated
   }
-  program = jax.jit(lambda params: prepared_network.prepare(config, params))(
-    params
-  )
+  program = jax.jit(lambda params: program_lib.prepare(config, params))(params)
 
   def ours(program, key, context):
     return samplers.sample(
@@ -540,7 +539,7 @@ def update(shape: tuple[int, int, int]) -> dict[str, Candidate]:
   tokens: Any = np.full((batch, n), dim - 1, np.int32)
   sigma: Any = np.float32(1.2)
   dsigma = np.float32(0.03)
-  extra = -(dim - 1) % prepared_network.BLOCK
+  extra = -(dim - 1) % program_lib.BLOCK
   # The samplers' output layer writes them like this.
   padded = np.pad(
     logits[..., :-1], ((0, 0), (0, 0), (0, extra)), constant_values=-1e30

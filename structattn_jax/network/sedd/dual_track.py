@@ -181,9 +181,8 @@ def sedd_dual_track(
     dropout_key: PRNG key; None means no dropout.
 
   Returns:
-    Logits, float32 ([n, n_vocab] per track; see `discrete_diffusion.log_score`),
-    and None for a track that is not generated. Those of masked tokens mean
-    nothing.
+    Logits, float32, [n, n_vocab] per track, for `discrete_diffusion.log_score`;
+    None for a track that is not generated. Those of masked tokens mean nothing.
 
   Raises:
     ValueError: on a wrong shape, an unknown mode, missing tokens, or a concrete

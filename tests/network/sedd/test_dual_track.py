@@ -12,6 +12,7 @@ import pytest
 from structattn_jax import testing
 from structattn_jax.discrete_diffusion import graph as graph_lib
 from structattn_jax.discrete_diffusion import prepared_network as kernel
+from structattn_jax.discrete_diffusion import program as program_lib
 from structattn_jax.network.sedd import blocks, single_track
 from structattn_jax.network.sedd import dual_track as network
 from structattn_jax.reference import sedd as reference
@@ -511,7 +512,7 @@ def test_program_equals_the_network(mode, params, batch):
     )
     dim = values.shape[-1]
     got = np.asarray(padded[track])
-    assert got.shape[-1] % kernel.BLOCK == 0
+    assert got.shape[-1] % program_lib.BLOCK == 0
     assert worst_error(got[..., : dim - 1], rows[..., :-1]) < 1e-10
     assert np.all(got[..., dim - 1 :] == -1e30)
 
@@ -549,10 +550,10 @@ def test_program_equals_the_single_track(variant, batch):
     begun = cached.begin(
       program,
       cached.modulations(program, sigma),
-      {kernel.ONLY: tokens},
-      {kernel.ONLY: mask},
+      {program_lib.ONLY: tokens},
+      {program_lib.ONLY: mask},
     )
-    return begun.logits()[kernel.ONLY], apply(params, tokens, sigma, mask)
+    return begun.logits()[program_lib.ONLY], apply(params, tokens, sigma, mask)
 
   got, want = both(params, batch['protein'], batch['protein_mask'])
   assert worst_error(got, np.asarray(want)) < 5e-6

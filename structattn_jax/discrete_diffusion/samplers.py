@@ -24,7 +24,8 @@ from structattn_jax.discrete_diffusion import (
 from structattn_jax.discrete_diffusion import graph as graph_lib
 from structattn_jax.discrete_diffusion import noise as noise_lib
 from structattn_jax.discrete_diffusion.absorbing import SampleOutput
-from structattn_jax.discrete_diffusion.prepared_network import (
+from structattn_jax.discrete_diffusion.program import (
+  ONLY,
   AnyConfig,
   Program,
 )

@@ -35,7 +35,7 @@ import optax
 
 from structattn_jax import data
 from structattn_jax.components import parameters as pm
-from structattn_jax.network.alphafold3 import atom_layout
+from structattn_jax.network.alphafold3 import atom_layout, window_plan
 from structattn_jax.network.alphafold3 import cached_atom_attention as aca
 from structattn_jax.network.alphafold3 import diffusion_transformer as dt
 
@@ -155,18 +155,18 @@ print(f'{(near & seen).sum()} of them are keys of window {ligand_window}')
 # the default, and `uid_rule='corrected'` the alternative.
 
 # %%
-query_uid = atom_layout.query_blocks(plan, jnp.asarray(plan.space_uid))
-query_real = atom_layout.query_blocks(plan, jnp.asarray(plan.atom_mask))
+query_uid = window_plan.query_blocks(plan, jnp.asarray(plan.space_uid))
+query_real = window_plan.query_blocks(plan, jnp.asarray(plan.atom_mask))
 both = (
   query_real[:, :, None]
-  & atom_layout.atom_windows(plan, plan.atom_mask)[:, None]
+  & window_plan.atom_windows(plan, plan.atom_mask)[:, None]
 )
 same = {}
 for rule, key_uid in (
   ('corrected', plan.space_uid),
   ('official', plan.official_key_space_uid),
 ):
-  key_uid = atom_layout.atom_windows(plan, jnp.asarray(key_uid))
+  key_uid = window_plan.atom_windows(plan, jnp.asarray(key_uid))
   same[rule] = both & (query_uid[:, :, None] == key_uid[:, None])
   print(f'{rule:10} {int(same[rule].sum()):6} pairs marked as one conformer')
 right = int((same['official'] & same['corrected']).sum())
@@ -227,7 +227,7 @@ for name in list(table)[:3] + list(table)[-3:]:
   print(' ', name)
 
 # %%
-positions = atom_layout.pad_atoms(plan, position)
+positions = window_plan.pad_atoms(plan, position)
 conditioning = aca.precompute(atom_params, plan, ref, single, config=config)
 encoding = aca.encode(atom_params, conditioning, positions / 16, config=config)
 update = aca.decode(

@@ -15,9 +15,9 @@ import numpy as np
 
 from structattn_jax.components import parameters as pm
 from structattn_jax.network.alphafold2 import invariant_point_attention as ipa
-from structattn_jax.network.alphafold3 import atom_layout
 from structattn_jax.network.alphafold3 import cached_atom_attention as aca
 from structattn_jax.network.alphafold3 import diffusion_transformer as dt
+from structattn_jax.network.alphafold3 import window_plan
 from structattn_jax.network.boltz import atom_attention as boltz_encoders
 from structattn_jax.network.boltz import parameters as boltz_parameters
 from structattn_jax.network.pallatom import atom_transformers as pallatom
@@ -233,7 +233,7 @@ def _atom_cross_att_case() -> Case:
       attention=dt.CrossAttentionConfig(num_head=2, key_dim=4, value_dim=6),
     ),
   )
-  plan = atom_layout.build_window_plan(
+  plan = window_plan.build_window_plan(
     token, [0, 0, 1, 2, 0], num_queries=4, num_keys=8, num_slots=4
   )
   n_atom = plan.n_atom

@@ -29,7 +29,7 @@ import numpy as np
 
 from structattn_jax.benchmark import harness
 from structattn_jax.components import parameters as pm
-from structattn_jax.network.alphafold3 import atom_layout
+from structattn_jax.network.alphafold3 import atom_layout, window_plan
 from structattn_jax.network.alphafold3 import cached_atom_attention as aca
 
 Mode = Literal[
@@ -189,11 +189,11 @@ def features(
   kind: str, n_token: int, rng: np.random.Generator
 ) -> dict[str, np.ndarray]:
   """Upstream's dense features of a made-up complex."""
-  mask = np.zeros((n_token, atom_layout.NUM_SLOTS), bool)
+  mask = np.zeros((n_token, window_plan.NUM_SLOTS), bool)
   uid = np.arange(n_token, dtype=np.int32)
   if kind == 'protein':
     counts = rng.choice(_ATOMS_PER_RESIDUE, n_token)
-    mask[:] = np.arange(atom_layout.NUM_SLOTS) < counts[:, None]
+    mask[:] = np.arange(window_plan.NUM_SLOTS) < counts[:, None]
   else:
     mask[:, 0] = True
     uid //= _TOKENS_PER_LIGAND

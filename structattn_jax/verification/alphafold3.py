@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from structattn_jax.components import parameters as pm
-from structattn_jax.network.alphafold3 import atom_layout
+from structattn_jax.network.alphafold3 import atom_layout, window_plan
 from structattn_jax.network.alphafold3 import cached_atom_attention as aca
 from structattn_jax.network.alphafold3 import diffusion_transformer as dt
 from structattn_jax.verification import golden as golden_lib
@@ -163,14 +163,14 @@ def windows(golden: Golden) -> Iterator[Comparison]:
     num_queries, num_keys, num_atoms, padded = case
     mask = np.arange(num_atoms + 3)[:, None] < num_atoms
     gathers = atom_layout.AtomCrossAtt.build(
-      np.pad(mask, ((0, 0), (0, atom_layout.NUM_SLOTS - 1))),
+      np.pad(mask, ((0, 0), (0, window_plan.NUM_SLOTS - 1))),
       num_real_tokens=num_atoms,
       padded_num_atoms=padded,
       num_queries=num_queries,
       num_keys=num_keys,
     )
     found = {
-      'starts': atom_layout.key_starts(
+      'starts': window_plan.key_starts(
         num_atoms, padded // num_queries, num_queries, num_keys
       ),
       'queries_to_keys_idxs': gathers.queries_to_keys.gather_idxs,
@@ -218,14 +218,14 @@ def _keys_mask(
 
 
 def _pair_rows(
-  pair: Any, plan: atom_layout.WindowPlan, rows: list[int], n_flat: int
+  pair: Any, plan: window_plan.WindowPlan, rows: list[int], n_flat: int
 ) -> np.ndarray:
   """Windows of pairs with the keys in upstream's order.
 
   With fewer atoms than keys upstream's padding may come first.
   """
   num_atoms, num_keys = int(plan.num_atoms), plan.num_keys
-  starts = atom_layout.key_starts(
+  starts = window_plan.key_starts(
     num_atoms, n_flat // plan.num_queries, plan.num_queries, num_keys
   )
   found = []

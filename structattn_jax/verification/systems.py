@@ -19,8 +19,8 @@ import numpy as np
 
 from structattn_jax.components import parameters as pm
 from structattn_jax.network.alphafold2 import invariant_point_attention as ipa
-from structattn_jax.network.alphafold3 import atom_layout
 from structattn_jax.network.alphafold3 import cached_atom_attention as aca
+from structattn_jax.network.alphafold3 import window_plan
 from structattn_jax.network.boltz import atom_attention as boltz_encoders
 from structattn_jax.network.pallatom import atom_transformers as pallatom
 from structattn_jax.network.sedd import dual_track as sedd_dual_track
@@ -151,7 +151,7 @@ def atom_cross_attention(
 
 
 def atom_cross_att(
-  config: aca.AtomCrossAttConfig, plan: atom_layout.WindowPlan
+  config: aca.AtomCrossAttConfig, plan: window_plan.WindowPlan
 ) -> System:
   """AF3's own atom encoder and decoder over the windows of a plan."""
 
@@ -160,7 +160,7 @@ def atom_cross_att(
     positions, single, pair, token_act = (
       inputs.pop(name, None) for name in names
     )
-    ref = atom_layout.RefStructure(**inputs)
+    ref = window_plan.RefStructure(**inputs)
     conditioning = aca.precompute(
       params, plan, ref, single, pair, config=config
     )

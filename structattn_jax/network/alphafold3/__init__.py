@@ -3,9 +3,6 @@
 from structattn_jax.network.alphafold3.atom_layout import (
   AtomCrossAtt,
   DenseBatch,
-  RefStructure,
-  WindowPlan,
-  build_window_plan,
 )
 from structattn_jax.network.alphafold3.cached_atom_attention import (
   AtomConditioning,
@@ -26,6 +23,11 @@ from structattn_jax.network.alphafold3.diffusion_transformer import (
   SelfAttentionConfig,
   Transformer,
   TransformerConfig,
+)
+from structattn_jax.network.alphafold3.window_plan import (
+  RefStructure,
+  WindowPlan,
+  build_window_plan,
 )
 
 __all__ = [

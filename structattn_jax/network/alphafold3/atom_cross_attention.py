@@ -5,7 +5,7 @@ Abramson et al. (2024) Suppl. Algs. 5 and 6. Mirrors alphafold3
 operations in its order. `atom_cross_attention.py` computes the same for less;
 this is what it is tested and measured against.
 
-Shapes and units: see `atom_layout`.
+Shapes and units: see `window_plan`.
 """
 
 from typing import Any, Literal, NamedTuple

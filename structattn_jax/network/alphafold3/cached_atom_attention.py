@@ -24,7 +24,11 @@ from structattn_jax.components import haiku_modules as hm
 from structattn_jax.components import parameters as pm
 from structattn_jax.components.parameters import Params
 from structattn_jax.network.alphafold3 import atom_cross_attention as published
-from structattn_jax.network.alphafold3 import atom_layout, window_pairs
+from structattn_jax.network.alphafold3 import (
+  atom_layout,
+  window_pairs,
+  window_plan,
+)
 from structattn_jax.network.alphafold3 import diffusion_transformer as dt
 from structattn_jax.network.alphafold3 import window_transformer as wt
 
@@ -103,7 +107,7 @@ class AtomConditioning:
     pair: [n_window, num_queries, num_keys, c_pair], on request.
   """
 
-  plan: atom_layout.WindowPlan
+  plan: window_plan.WindowPlan
   single: jax.Array
   encoder: TransformerConditioning
   decoder: TransformerConditioning | None
@@ -174,8 +178,8 @@ class AtomCrossAttEncoderOutput:
 
 def precompute(
   params: Params,
-  plan: atom_layout.WindowPlan,
-  ref: atom_layout.RefStructure,
+  plan: window_plan.WindowPlan,
+  ref: window_plan.RefStructure,
   trunk_single_cond: jax.Array | None = None,
   trunk_pair_cond: jax.Array | None = None,
   *,
@@ -460,7 +464,7 @@ def atom_cross_att_encoder(
   found = encode(params, conditioning, positions, config=config, name=name)
 
   def blocks(x: jax.Array) -> jax.Array:
-    return atom_layout.query_blocks(plan, jnp.asarray(x))
+    return window_plan.query_blocks(plan, jnp.asarray(x))
 
   mask = jnp.asarray(plan.atom_mask)
   return AtomCrossAttEncoderOutput(
@@ -468,8 +472,8 @@ def atom_cross_att_encoder(
     skip_connection=blocks(found.skip_connection),
     queries_mask=blocks(mask),
     queries_single_cond=blocks(conditioning.single),
-    keys_mask=atom_layout.atom_windows(plan, mask),
-    keys_single_cond=atom_layout.atom_windows(plan, conditioning.single),
+    keys_mask=window_plan.atom_windows(plan, mask),
+    keys_single_cond=window_plan.atom_windows(plan, conditioning.single),
     pair_cond=conditioning.pair,
     conditioning=conditioning,
   )
@@ -561,8 +565,8 @@ class AtomCrossAttHead(hk.Module):
 
   def __call__(
     self,
-    plan: atom_layout.WindowPlan,
-    ref: atom_layout.RefStructure,
+    plan: window_plan.WindowPlan,
+    ref: window_plan.RefStructure,
     positions: jax.Array | None = None,
     trunk_single_cond: jax.Array | None = None,
     trunk_pair_cond: jax.Array | None = None,
@@ -599,11 +603,11 @@ def transform_atom_cross_att(
   """Pure functions of AF3's atom encoder and decoder.
 
     >>> import numpy as np
-    >>> plan = atom_layout.build_window_plan([0, 0, 1], [0, 1])
-    >>> zeros = lambda *shape: atom_layout.pad_atoms(
+    >>> plan = window_plan.build_window_plan([0, 0, 1], [0, 1])
+    >>> zeros = lambda *shape: window_plan.pad_atoms(
     ...   plan, np.zeros((3, *shape))
     ... )
-    >>> ref = atom_layout.RefStructure(
+    >>> ref = window_plan.RefStructure(
     ...   ref_pos=zeros(3).astype(np.float32),
     ...   ref_mask=np.asarray(plan.atom_mask),
     ...   ref_element=zeros().astype(np.int32),
@@ -724,8 +728,8 @@ def atom_cross_att_parameters(
 def _head(
   config: AtomCrossAttConfig,
   prefix: str,
-  plan: atom_layout.WindowPlan,
-  ref: atom_layout.RefStructure,
+  plan: window_plan.WindowPlan,
+  ref: window_plan.RefStructure,
   positions: jax.Array | None = None,
   trunk_single_cond: jax.Array | None = None,
   trunk_pair_cond: jax.Array | None = None,
@@ -787,8 +791,8 @@ def _check_dense(
 
 
 def _check_precompute(
-  plan: atom_layout.WindowPlan,
-  ref: atom_layout.RefStructure,
+  plan: window_plan.WindowPlan,
+  ref: window_plan.RefStructure,
   trunk_single_cond: jax.Array | None,
   trunk_pair_cond: jax.Array | None,
 ) -> None:
@@ -827,8 +831,8 @@ def _check_precompute(
 
 def _atom_features(
   params: Params,
-  plan: atom_layout.WindowPlan,
-  ref: atom_layout.RefStructure,
+  plan: window_plan.WindowPlan,
+  ref: window_plan.RefStructure,
   name: str,
   chunk: int | None,
 ) -> jax.Array:
@@ -842,7 +846,7 @@ def _atom_features(
   floats = (ref.ref_pos, ref.ref_charge)
   constants = (ref.ref_mask, ref.ref_element, ref.ref_atom_name_chars)
   floats, constants = jax.tree.map(
-    lambda x: atom_layout.query_blocks(plan, jnp.asarray(x)),
+    lambda x: window_plan.query_blocks(plan, jnp.asarray(x)),
     (floats, constants),
   )
   found = mapping.chunked_map(
@@ -891,7 +895,7 @@ def _embed_atoms(
 
 
 def _token_mean(
-  plan: atom_layout.WindowPlan, act: jax.Array, weights: jax.Array
+  plan: window_plan.WindowPlan, act: jax.Array, weights: jax.Array
 ) -> jax.Array:
   """Line 17: mean of relu(act @ weights) over the atoms of each token.
 

@@ -8,7 +8,7 @@ atom. Everything that can be is projected per atom or pair of tokens first;
 then a few windows at a time go from embedding to the logits of all blocks,
 channels before pairs. The embedding itself is not kept.
 
-Shapes: see `atom_layout`; c_pair channels of atom pairs.
+Shapes: see `window_plan`; c_pair channels of atom pairs.
 """
 
 from collections.abc import Sequence
@@ -21,8 +21,8 @@ import numpy as np
 from structattn_jax.common import numerics
 from structattn_jax.components import functional, mapping, windowed_attention
 from structattn_jax.components.parameters import Params
-from structattn_jax.network.alphafold3 import atom_layout
 from structattn_jax.network.alphafold3 import diffusion_transformer as dt
+from structattn_jax.network.alphafold3 import window_plan
 
 # Token pairs that are normalised and projected at a time.
 _PAIR_CHUNK = 4096
@@ -31,7 +31,7 @@ _PAIR_CHUNK = 4096
 def pair_biases(
   params: Params,
   transformers: Sequence[Params],
-  plan: atom_layout.WindowPlan,
+  plan: window_plan.WindowPlan,
   ref_pos: jax.Array,
   single: jax.Array,
   trunk_pair_cond: jax.Array | None,
@@ -67,10 +67,10 @@ def pair_biases(
     return params[f'{name}_{leaf}']['weights'].astype(single.dtype)
 
   def queries(x: jax.Array) -> jax.Array:
-    return atom_layout.query_blocks(plan, jnp.asarray(x))
+    return window_plan.query_blocks(plan, jnp.asarray(x))
 
   def keys(x: jax.Array) -> jax.Array:
-    return atom_layout.atom_windows(plan, jnp.asarray(x))
+    return window_plan.atom_windows(plan, jnp.asarray(x))
 
   relu = jax.nn.relu(single)
   row = relu @ weights('single_to_pair_cond_row_1')
@@ -191,7 +191,7 @@ def _logits(*arguments: Any) -> tuple[list[jax.Array], None]:
 
 def _token_pairs(
   params: Params,
-  plan: atom_layout.WindowPlan,
+  plan: window_plan.WindowPlan,
   trunk_pair_cond: jax.Array,
   name: str,
 ) -> jax.Array:

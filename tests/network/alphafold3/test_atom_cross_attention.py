@@ -14,7 +14,7 @@ import registry
 
 import structattn_jax as sa
 from structattn_jax.components import parameters as pm
-from structattn_jax.network.alphafold3 import atom_layout
+from structattn_jax.network.alphafold3 import atom_layout, window_plan
 from structattn_jax.network.alphafold3 import cached_atom_attention as aca
 from structattn_jax.verification.golden import Golden
 
@@ -318,7 +318,7 @@ def test_larger_padding_and_garbage_in_it_change_nothing(native):
   token = np.asarray(plan.token_index[:n])
   uid = np.zeros(plan.num_tokens, np.int32)
   uid[token] = np.asarray(plan.space_uid[:n])
-  larger = atom_layout.build_window_plan(
+  larger = window_plan.build_window_plan(
     token, uid, dense_slot=np.asarray(plan.dense_index[:n]) % 24, n_atom=256
   )
   assert larger.n_atom > plan.n_atom

@@ -13,7 +13,7 @@ import structattn_jax as sa
 from structattn_jax import verification as replay
 from structattn_jax.components import functional
 from structattn_jax.components import parameters as pm
-from structattn_jax.network.alphafold3 import atom_layout
+from structattn_jax.network.alphafold3 import atom_layout, window_plan
 from structattn_jax.network.alphafold3 import diffusion_transformer as dt
 from structattn_jax.network.alphafold3 import window_transformer as wt
 from structattn_jax.verification.golden import Golden
@@ -195,7 +195,7 @@ def test_window_transformer_equals_the_published_one(remat):
   """Values and all gradients in float64; 3 blocks, windows of 8 x 24."""
   rng = np.random.default_rng(2)
   n, c, c_pair, scope = 75, 6, 3, 'transformer'
-  plan = atom_layout.build_window_plan(
+  plan = window_plan.build_window_plan(
     np.arange(n), np.arange(n), num_queries=8, num_keys=24, n_atom=80
   )
   gathers = atom_layout.AtomCrossAtt.build(
@@ -224,7 +224,7 @@ def test_window_transformer_equals_the_published_one(remat):
       atom_layout.Arranged(blocks[0], 'queries'),
       mask.reshape(10, 8),
       gathers.queries_to_keys,
-      atom_layout.atom_windows(plan, jnp.asarray(mask)),
+      window_plan.atom_windows(plan, jnp.asarray(mask)),
       blocks[1],
       keys.values,
       pair,

@@ -33,10 +33,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 
+import structattn_jax as sa
 from structattn_jax import data
+from structattn_jax.components import functional
 from structattn_jax.components import parameters as pm
 from structattn_jax.network.alphafold3 import atom_layout, window_plan
-from structattn_jax.network.alphafold3 import cached_atom_attention as aca
 from structattn_jax.network.alphafold3 import diffusion_transformer as dt
 
 # Parity with float64 means little through TF32 units.
@@ -194,15 +195,16 @@ for i, (title, x) in enumerate(
 plt.show()
 
 # %% [markdown]
-# ## 4. Encoder and decoder, lean and as published
+# ## 4. Encoder and decoder, in blocks and as published
 #
 # Parameters have upstream's names. `precompute` makes everything that is the
-# same for all diffusion steps and samples, `encode` and `decode` the rest. The
-# published formulation is there as well, on its dense layout.
+# same for all diffusion steps and samples, `encode` and `decode` the rest; all
+# three are closures over one config. The published form is there as well, on
+# its dense layout.
 
 # %%
 attention = dt.CrossAttentionConfig(num_head=4, key_dim=32, value_dim=32)
-config = aca.AtomCrossAttConfig(
+config = sa.alphafold3.AtomCrossAttConfig(
   per_atom_channels=32,
   per_atom_pair_channels=8,
   per_token_channels=64,
@@ -218,7 +220,7 @@ single = np.concatenate(
   [np.eye(31)[tokens.residue_type], np.sin(place), np.cos(place)], -1
 )
 single = jnp.asarray(single, jnp.float32)
-table = aca.atom_cross_att_parameters(
+table = sa.alphafold3.atom_cross_att_parameters(
   config, single_channels=single.shape[-1], pair_channels=None
 )
 atom_params = pm.init_parameters(table, jax.random.key(0))
@@ -228,33 +230,27 @@ for name in list(table)[:3] + list(table)[-3:]:
 
 # %%
 positions = window_plan.pad_atoms(plan, position)
-conditioning = aca.precompute(atom_params, plan, ref, single, config=config)
-encoding = aca.encode(atom_params, conditioning, positions / 16, config=config)
-update = aca.decode(
-  atom_params,
-  conditioning,
-  encoding.token_act,
-  encoding.skip_connection,
-  config=config,
+_, precompute, encode, decode = sa.alphafold3.cached_atom_cross_att(config)
+conditioning = precompute(atom_params, plan, ref, single)
+encoding = encode(atom_params, conditioning, positions / 16)
+update = decode(
+  atom_params, conditioning, encoding.token_act, encoding.skip_connection
 )
 dense = atom_layout.DenseBatch.from_batch(batch)
-as_published = dataclasses.replace(config, implementation='published')
-encoded = aca.atom_cross_att_encoder(
-  atom_params,
-  dense,
-  atom_layout.atoms_to_dense(plan, positions / 16),
-  single,
-  config=as_published,
+as_published = sa.alphafold3.dense_atom_cross_att(
+  dataclasses.replace(config, implementation='published')
 )
-dense_update = aca.atom_cross_att_decoder(
-  atom_params, dense, encoded.token_act, encoded, config=as_published
+dense_positions = atom_layout.atoms_to_dense(plan, positions / 16)
+encoded = as_published.encode(atom_params, dense, dense_positions, single)
+dense_update = as_published.decode(
+  atom_params, dense, encoded.token_act, encoded
 )
 for name, got, want in (
   ('token_act', encoding.token_act, encoded.token_act),
   ('position_update', atom_layout.atoms_to_dense(plan, update), dense_update),
 ):
   error = float(jnp.abs(got - want).max() / jnp.abs(want).max())
-  print(f'{name:16} lean against published: {error:.1e} of the largest value')
+  print(f'{name:16} against the published form: {error:.1e} of the largest')
   assert error < 1e-5
 
 # %% [markdown]
@@ -358,19 +354,16 @@ def denoise(params, noisy, sigma):
   """Positions [n_atom, 3] in angstrom without their noise."""
   total = jnp.sqrt(sigma**2 + data_scale**2)
   own = params['atoms']
-  conditioning = aca.precompute(
-    own, plan, ref, single, config=config, cache_terms=False
-  )
-  encoding = aca.encode(own, conditioning, noisy / total, config=config)
+  conditioning = precompute(own, plan, ref, single, cache_terms=False)
+  encoding = encode(own, conditioning, noisy / total)
   level = jnp.full((n_token, 1), jnp.log(sigma / data_scale) / 4)
   condition = jnp.concatenate([single, level], -1)
-  act = encoding.token_act + dt.linear(params['single'], condition, 'project')
+  project = functional.linear(params['single'], 'project', condition)
+  act = encoding.token_act + project
   act = dt.transformer(
     params['tokens'], act, jnp.ones(n_token, bool), condition
   )
-  update = aca.decode(
-    own, conditioning, act, encoding.skip_connection, config=config
-  )
+  update = decode(own, conditioning, act, encoding.skip_connection)
   return (data_scale / total) ** 2 * noisy + data_scale * sigma / total * update
 
 
@@ -514,10 +507,10 @@ assert rmsd(turned) > 2 * after
 def attention_weights(params, noisy, sigma, window):
   """[n_head, num_queries, num_keys] of one window, first block."""
   own = params['atoms']
-  conditioning = aca.precompute(own, plan, ref, single, config=config)
+  conditioning = precompute(own, plan, ref, single)
   scaled = noisy / jnp.sqrt(sigma**2 + data_scale**2)
-  act = conditioning.single + dt.linear(
-    own, scaled, 'diffusion_atom_positions_to_features'
+  act = conditioning.single + functional.linear(
+    own, 'diffusion_atom_positions_to_features', scaled
   )
   scope = 'diffusion_atom_transformer_encoder'
   blocks = pm.below(own, f'{scope}/__layer_stack_with_per_layer/{scope}')
@@ -526,7 +519,7 @@ def attention_weights(params, noisy, sigma, window):
   for side, rows in (('q', queries[window]), ('k', keys[window])):
     rows = np.minimum(rows, plan.n_atom - 1)
     x = dt.adaptive_layernorm(block, act[rows], conditioning.single[rows], side)
-    sides.append(dt.linear(block, x, f'{side}_projection'))
+    sides.append(functional.linear(block, f'{side}_projection', x))
   q, k = sides
   logits = jnp.einsum('qhc,khc->hqk', q, k) * q.shape[-1] ** -0.5
   return jax.nn.softmax(logits + conditioning.encoder.biases[0][window])

@@ -15,6 +15,7 @@ import numpy as np
 
 from structattn_jax.components import parameters as pm
 from structattn_jax.network.alphafold2 import invariant_point_attention as ipa
+from structattn_jax.network.alphafold3 import atom_cross_attention as af3
 from structattn_jax.network.alphafold3 import cached_atom_attention as aca
 from structattn_jax.network.alphafold3 import diffusion_transformer as dt
 from structattn_jax.network.alphafold3 import window_plan
@@ -42,6 +43,8 @@ class Case:
   permutations: tuple[Mapping[str, Any], ...] = ()
   # The same system with bfloat16 activations, if that is a matter of config.
   bfloat16_system: systems.System | None = None
+  # Outputs that are coordinates, which stay float32.
+  coordinates: tuple[str, ...] = ()
   # Inputs at the edge of the formula: values and gradients must stay finite.
   degenerate: Mapping[str, Mapping[str, Any]] = dataclasses.field(
     default_factory=dict
@@ -58,9 +61,7 @@ class Case:
   @functools.cached_property
   def params(self) -> dict[str, Any]:
     """Parameters without any zero left by an initialiser."""
-    init = jax.jit(
-      lambda key, inputs: self.system.transformed.init(key, **inputs)
-    )
+    init = jax.jit(lambda key, inputs: self.system.init(key, inputs))
     params = init(jax.random.key(0), dict(self.inputs))
     rng = np.random.default_rng(0)
     return jax.tree.map(
@@ -70,7 +71,7 @@ class Case:
 
   def apply(self, params: Any, inputs: Mapping[str, Any]) -> Any:
     """The system on a dictionary of inputs, op by op."""
-    return self.system.transformed.apply(params, **inputs)
+    return self.system.apply(params, inputs)
 
   @functools.cached_property
   def jitted(self) -> Callable[..., Any]:
@@ -182,7 +183,7 @@ def _atom_cross_attention_case(name: str, options: dict[str, Any]) -> Case:
   )
   return Case(
     name,
-    systems.atom_cross_attention(config),
+    systems.token_atom_attention(config),
     lambda **inputs: taa.token_atom_update(config, **inputs),
     {
       'atoms': _normal(rng, n_atom, c_atom),
@@ -237,7 +238,7 @@ def _atom_cross_att_case() -> Case:
     token, [0, 0, 1, 2, 0], num_queries=4, num_keys=8, num_slots=4
   )
   n_atom = plan.n_atom
-  config = aca.AtomCrossAttConfig(
+  config = af3.AtomCrossAttConfig(
     per_token_channels=8,
     per_atom_channels=6,
     per_atom_pair_channels=3,
@@ -245,9 +246,6 @@ def _atom_cross_att_case() -> Case:
     window_chunk=1,
   )
   system = systems.atom_cross_att(config, plan)
-  table = aca.atom_cross_att_parameters(
-    config, single_channels=5, pair_channels=4
-  )
   inputs = {
     'ref_pos': _normal(rng, n_atom, 3),
     'ref_mask': np.arange(n_atom) != 3,
@@ -262,8 +260,8 @@ def _atom_cross_att_case() -> Case:
   return Case(
     'af3_atom_encoder_decoder',
     system,
-    lambda **inputs: system.transformed.apply(
-      pm.haiku_parameters(table), **inputs
+    lambda **inputs: aca.atom_cross_att(
+      config, 'diffusion', **system.arguments(inputs)
     ),
     inputs,
     # The plan says which atoms are padding: see test_atom_cross_attention.py.
@@ -271,6 +269,7 @@ def _atom_cross_att_case() -> Case:
     bfloat16_system=systems.atom_cross_att(
       dataclasses.replace(config, bfloat16=True), plan
     ),
+    coordinates=('position_update',),
     degenerate={
       'no_conformer': {'ref_mask': np.zeros(n_atom, bool)},
       'coincident_atoms': {'ref_pos': np.zeros((n_atom, 3), np.float32)},

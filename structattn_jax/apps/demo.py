@@ -390,7 +390,7 @@ def _cross_attention_experiment(
   atom_axes = {'atoms': 0, 'atom_to_token': 0, 'atom_mask': 0}
   output_axes = taa.TokenAtomAttentionOutput(atoms=_ROWS, tokens=_WHOLE)
   return Experiment(
-    systems.atom_cross_attention(
+    systems.token_atom_attention(
       taa.TokenAtomAttentionConfig(
         max_atoms_per_token=_max_atoms_per_token(features)
       )

@@ -23,7 +23,7 @@ import numpy as np
 from structattn_jax import checkpoint
 from structattn_jax.checkpoint import CheckpointError
 from structattn_jax.convert import record_file
-from structattn_jax.network.alphafold3 import cached_atom_attention as aca
+from structattn_jax.network.alphafold3 import atom_cross_attention as published
 from structattn_jax.network.alphafold3 import diffusion_transformer as dt
 
 Copy = Literal['diffusion', 'evoformer_conditioning']
@@ -143,7 +143,7 @@ def load_atom_cross_att(
   *,
   scope: str | None = None,
   model: str | None = None,
-) -> tuple[aca.AtomCrossAttConfig, hk.Params]:
+) -> tuple[published.AtomCrossAttConfig, hk.Params]:
   """Reads one copy of the atom encoder, with its decoder if it has one.
 
   Args:
@@ -154,7 +154,7 @@ def load_atom_cross_att(
 
   Returns:
     The configuration, and parameters as float32 NumPy arrays for the functions
-    of `network.atom_cross_attention` with `name=copy`.
+    of `network.alphafold3` with `prefix=copy`.
 
   Raises:
     CheckpointError: if files are missing or damaged; or if entries are
@@ -170,7 +170,7 @@ def load_atom_cross_att(
   )
   encoder = _cross_att_config(sizes, '')
   decoder = _cross_att_config(sizes, "'") if copy == 'diffusion' else encoder
-  config = aca.AtomCrossAttConfig(
+  config = published.AtomCrossAttConfig(
     per_token_channels=sizes['D'],
     per_atom_channels=sizes['C'],
     per_atom_pair_channels=sizes['P'],
@@ -195,7 +195,7 @@ def load_transformer(
 
   Returns:
     The configuration, and parameters as float32 NumPy arrays for
-    `network.diffusion_transformer.transformer`.
+    `network.alphafold3.diffusion_transformer.transformer`.
 
   Raises:
     CheckpointError: as `load_atom_cross_att`.

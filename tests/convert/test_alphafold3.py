@@ -19,7 +19,7 @@ from structattn_jax import checkpoint, cli, convert
 from structattn_jax.components import parameters as pm
 from structattn_jax.convert import alphafold3, record_file
 from structattn_jax.convert.record_file import Record
-from structattn_jax.network.alphafold3 import cached_atom_attention as aca
+from structattn_jax.network.alphafold3 import atom_cross_attention as af3
 from structattn_jax.network.alphafold3 import diffusion_transformer as dt
 from structattn_jax.verification import verify
 
@@ -482,7 +482,7 @@ def test_problems_are_listed_all_and_alone(tmp_path, sample):
 def test_parameters_are_those_of_our_module(copy):
   config, params = convert.load_atom_cross_att(SINGLE, copy)
   has_trunk = copy == 'diffusion'
-  table = aca.atom_cross_att_parameters(
+  table = af3.atom_cross_att_parameters(
     config,
     copy,
     positions=has_trunk,

@@ -138,7 +138,7 @@ class TransformerConfig(base_config.BaseConfig):
 
 
 def adaptive_layernorm(
-  params: Params, x: jax.Array, single_cond: jax.Array | None, name: str = ''
+  params: Params, x: jax.Array, single_cond: jax.Array | None, prefix: str = ''
 ) -> jax.Array:
   """Layer norm whose scale and shift depend on the conditioning (Alg. 26).
 
@@ -147,46 +147,46 @@ def adaptive_layernorm(
   Without conditioning: an ordinary layer norm with scale and offset.
 
   Args:
-    params: `{name}single_cond_layer_norm`, `{name}single_cond_scale` and
-      `{name}single_cond_bias`, or `{name}layer_norm`.
+    params: `{prefix}single_cond_layer_norm`, `{prefix}single_cond_scale` and
+      `{prefix}single_cond_bias`, or `{prefix}layer_norm`.
     x: [..., c] float.
     single_cond: [..., c_cond] float, or None.
-    name: prefix of the parameters.
+    prefix: of the parameters.
 
   Returns:
     [..., c] in the dtype of `x`.
   """
   if single_cond is None:
-    return functional.layer_norm(params, f'{name}layer_norm', x)
+    return functional.layer_norm(params, f'{prefix}layer_norm', x)
   single_cond = functional.layer_norm(
-    params, f'{name}single_cond_layer_norm', single_cond
+    params, f'{prefix}single_cond_layer_norm', single_cond
   )
-  scale = functional.linear(params, f'{name}single_cond_scale', single_cond)
-  bias = functional.linear(params, f'{name}single_cond_bias', single_cond)
+  scale = functional.linear(params, f'{prefix}single_cond_scale', single_cond)
+  bias = functional.linear(params, f'{prefix}single_cond_bias', single_cond)
   return jax.nn.sigmoid(scale) * numerics.layer_norm(x) + bias
 
 
 def adaptive_zero_init(
-  params: Params, x: jax.Array, single_cond: jax.Array | None, name: str = ''
+  params: Params, x: jax.Array, single_cond: jax.Array | None, prefix: str = ''
 ) -> jax.Array:
   """Output projection with a gate that depends on the conditioning.
 
   y = sigmoid(c W + b) * (x W_o), with b = -2 and W = 0 initially.
 
   Args:
-    params: `{name}transition2` and, with conditioning,
-      `{name}adaptive_zero_cond`.
+    params: `{prefix}transition2` and, with conditioning,
+      `{prefix}adaptive_zero_cond`.
     x: [..., c_in] float.
     single_cond: [..., c_cond] float, or None: no gate.
-    name: prefix of the parameters.
+    prefix: of the parameters.
 
   Returns:
     [..., c] in the dtype of `x`.
   """
-  output = functional.linear(params, f'{name}transition2', x)
+  output = functional.linear(params, f'{prefix}transition2', x)
   if single_cond is None:
     return output
-  gate = functional.linear(params, f'{name}adaptive_zero_cond', single_cond)
+  gate = functional.linear(params, f'{prefix}adaptive_zero_cond', single_cond)
   return jax.nn.sigmoid(gate) * output
 
 
@@ -194,25 +194,25 @@ def transition_block(
   params: Params,
   x: jax.Array,
   single_cond: jax.Array | None = None,
-  name: str = '',
+  prefix: str = '',
 ) -> jax.Array:
   """Gated transition (Alg. 25): AdaLN, swish(a) * b, gated projection.
 
   Args:
-    params: `{name}ffw_transition1` and those of `adaptive_layernorm` and
-      `adaptive_zero_init` with the prefix `{name}ffw_`.
+    params: `{prefix}ffw_transition1` and those of `adaptive_layernorm` and
+      `adaptive_zero_init` with the prefix `{prefix}ffw_`.
     x: [..., c] float.
     single_cond: [..., c_cond] float, or None.
-    name: prefix of the parameters.
+    prefix: of the parameters.
 
   Returns:
     The update, [..., c].
   """
-  x = adaptive_layernorm(params, x, single_cond, f'{name}ffw_')
+  x = adaptive_layernorm(params, x, single_cond, f'{prefix}ffw_')
   hidden = functional.swish_gate(
-    functional.linear(params, f'{name}ffw_transition1', x)
+    functional.linear(params, f'{prefix}ffw_transition1', x)
   )
-  return adaptive_zero_init(params, hidden, single_cond, f'{name}ffw_')
+  return adaptive_zero_init(params, hidden, single_cond, f'{prefix}ffw_')
 
 
 def self_attention(
@@ -221,7 +221,7 @@ def self_attention(
   mask: jax.Array,
   pair_logits: jax.Array | None = None,
   single_cond: jax.Array | None = None,
-  name: str = '',
+  prefix: str = '',
 ) -> jax.Array:
   """Attention of all tokens over all tokens (Alg. 24).
 
@@ -231,19 +231,19 @@ def self_attention(
     mask: [n_token] bool, True = keep as key.
     pair_logits: [n_head, n_token, n_token] float, query first.
     single_cond: [n_token, c_cond] float, or None.
-    name: prefix of the parameters.
+    prefix: of the parameters.
 
   Returns:
     The update, [n_token, c]; without any kept key, that of zero values.
   """
   checks.check_shapes(x=(x, 'n_token c'), mask=(mask, 'n_token'))
   checks.check_dtypes('bool', mask=mask)
-  x = adaptive_layernorm(params, x, single_cond, name)
-  logits = _logits(params, x, x, name)
+  x = adaptive_layernorm(params, x, single_cond, prefix)
+  logits = _logits(params, x, x, prefix)
   if pair_logits is not None:
     logits += pair_logits
   weights = numerics.masked_softmax(logits, mask)
-  return _attention_output(params, weights, x, x, single_cond, name)
+  return _attention_output(params, weights, x, x, single_cond, prefix)
 
 
 def cross_attention(
@@ -255,7 +255,7 @@ def cross_attention(
   pair_logits: jax.Array | None = None,
   single_cond_q: jax.Array | None = None,
   single_cond_k: jax.Array | None = None,
-  name: str = '',
+  prefix: str = '',
   *,
   padded_keys: PaddedKeys = 'official',
 ) -> jax.Array:
@@ -270,7 +270,7 @@ def cross_attention(
     pair_logits: [..., n_head, num_queries, num_keys] float.
     single_cond_q: [..., num_queries, c_cond] float, or None.
     single_cond_k: [..., num_keys, c_cond] float, or None.
-    name: prefix of the parameters.
+    prefix: of the parameters.
     padded_keys: 'official': real queries attend to masked keys too, and masked
       queries to nothing else; 'masked': no query attends to masked keys.
 
@@ -282,9 +282,9 @@ def cross_attention(
     raise ValueError(
       f"padded_keys: expected 'official' or 'masked', got {padded_keys!r}"
     )
-  x_q = adaptive_layernorm(params, x_q, single_cond_q, f'{name}q')
-  x_k = adaptive_layernorm(params, x_k, single_cond_k, f'{name}k')
-  logits = _logits(params, x_q, x_k, name)
+  x_q = adaptive_layernorm(params, x_q, single_cond_q, f'{prefix}q')
+  x_k = adaptive_layernorm(params, x_k, single_cond_k, f'{prefix}k')
+  logits = _logits(params, x_q, x_k, prefix)
   masked_key = ~mask_k[..., None, None, :]
   if padded_keys == 'official':
     both = masked_key & ~mask_q[..., None, :, None]
@@ -294,7 +294,7 @@ def cross_attention(
   if pair_logits is not None:
     logits += pair_logits
   weights = jax.nn.softmax(logits)
-  return _attention_output(params, weights, x_q, x_k, single_cond_q, name)
+  return _attention_output(params, weights, x_q, x_k, single_cond_q, prefix)
 
 
 def cross_att_transformer(
@@ -434,7 +434,6 @@ class Transformer(hk.Module):
 
   Args of the constructor:
     config: sizes.
-    final_init: initialiser of unconditioned output projections; not used here.
     name: name of the module; upstream's is 'transformer'.
   """
 
@@ -526,18 +525,18 @@ class CrossAttTransformer(hk.Module):
 
 
 def adaptive_layernorm_parameters(
-  channels: int, cond_channels: int | None, name: str = ''
+  channels: int, cond_channels: int | None, prefix: str = ''
 ) -> pm.Table:
   """Of `adaptive_layernorm`; `cond_channels` None: without conditioning."""
   if cond_channels is None:
-    return {f'{name}layer_norm': pm.layer_norm(channels, offset=True)}
+    return {f'{prefix}layer_norm': pm.layer_norm(channels, offset=True)}
   shape = (cond_channels, channels)
   return {
-    f'{name}single_cond_layer_norm': pm.layer_norm(cond_channels),
-    f'{name}single_cond_scale': pm.linear(
+    f'{prefix}single_cond_layer_norm': pm.layer_norm(cond_channels),
+    f'{prefix}single_cond_scale': pm.linear(
       *shape, initializer='zeros', bias=0.0
     ),
-    f'{name}single_cond_bias': pm.linear(*shape, initializer='zeros'),
+    f'{prefix}single_cond_bias': pm.linear(*shape, initializer='zeros'),
   }
 
 
@@ -545,17 +544,17 @@ def adaptive_zero_init_parameters(
   num_input: int,
   channels: int,
   cond_channels: int | None,
-  name: str = '',
+  prefix: str = '',
   *,
   final_init: FinalInit = 'zeros',
 ) -> pm.Table:
   """Of `adaptive_zero_init`; `final_init` is for the unconditioned one."""
-  out = f'{name}transition2'
+  out = f'{prefix}transition2'
   if cond_channels is None:
     return {out: pm.linear(num_input, channels, initializer=final_init)}
   return {
     out: pm.linear(num_input, channels),
-    f'{name}adaptive_zero_cond': pm.linear(
+    f'{prefix}adaptive_zero_cond': pm.linear(
       cond_channels, channels, initializer='zeros', bias=-2.0
     ),
   }
@@ -565,18 +564,18 @@ def transition_block_parameters(
   channels: int,
   cond_channels: int | None,
   num_intermediate_factor: int = 2,
-  name: str = '',
+  prefix: str = '',
   *,
   final_init: FinalInit = 'zeros',
 ) -> pm.Table:
   """Of `transition_block`."""
   hidden = num_intermediate_factor * channels
-  name = f'{name}ffw_'
+  prefix = f'{prefix}ffw_'
   return {
-    **adaptive_layernorm_parameters(channels, cond_channels, name),
-    f'{name}transition1': pm.linear(channels, 2 * hidden, initializer='relu'),
+    **adaptive_layernorm_parameters(channels, cond_channels, prefix),
+    f'{prefix}transition1': pm.linear(channels, 2 * hidden, initializer='relu'),
     **adaptive_zero_init_parameters(
-      hidden, channels, cond_channels, name, final_init=final_init
+      hidden, channels, cond_channels, prefix, final_init=final_init
     ),
   }
 
@@ -585,20 +584,20 @@ def self_attention_parameters(
   config: SelfAttentionConfig,
   channels: int,
   cond_channels: int | None,
-  name: str = '',
+  prefix: str = '',
   *,
   final_init: FinalInit = 'zeros',
 ) -> pm.Table:
   """Of `self_attention`."""
   return {
-    **adaptive_layernorm_parameters(channels, cond_channels, name),
+    **adaptive_layernorm_parameters(channels, cond_channels, prefix),
     **_attention_parameters(
       config.num_head,
       channels if config.key_dim is None else config.key_dim,
       channels if config.value_dim is None else config.value_dim,
       channels,
       cond_channels,
-      name,
+      prefix,
       final_init,
     ),
   }
@@ -608,21 +607,21 @@ def cross_attention_parameters(
   config: CrossAttentionConfig,
   channels: int,
   cond_channels: int | None,
-  name: str = '',
+  prefix: str = '',
   *,
   final_init: FinalInit = 'zeros',
 ) -> pm.Table:
   """Of `cross_attention`."""
   return {
-    **adaptive_layernorm_parameters(channels, cond_channels, f'{name}q'),
-    **adaptive_layernorm_parameters(channels, cond_channels, f'{name}k'),
+    **adaptive_layernorm_parameters(channels, cond_channels, f'{prefix}q'),
+    **adaptive_layernorm_parameters(channels, cond_channels, f'{prefix}k'),
     **_attention_parameters(
       config.num_head,
       config.key_dim,
       config.value_dim,
       channels,
       cond_channels,
-      name,
+      prefix,
       final_init,
     ),
   }
@@ -683,14 +682,14 @@ def transformer_parameters(
 
 
 def _logits(
-  params: Params, x_q: jax.Array, x_k: jax.Array, name: str
+  params: Params, x_q: jax.Array, x_k: jax.Array, prefix: str
 ) -> jax.Array:
   """[..., n_head, num_queries, num_keys], at least float32."""
   q = numerics.at_least_float32(
-    functional.linear(params, f'{name}q_projection', x_q)
+    functional.linear(params, f'{prefix}q_projection', x_q)
   )
   k = numerics.at_least_float32(
-    functional.linear(params, f'{name}k_projection', x_k)
+    functional.linear(params, f'{prefix}k_projection', x_k)
   )
   return jnp.einsum('...qhc,...khc->...hqk', q * q.shape[-1] ** -0.5, k)
 
@@ -701,14 +700,14 @@ def _attention_output(
   x_q: jax.Array,
   x_k: jax.Array,
   single_cond: jax.Array | None,
-  name: str,
+  prefix: str,
 ) -> jax.Array:
   """Weighted values, gated and projected."""
-  v = functional.linear(params, f'{name}v_projection', x_k)
+  v = functional.linear(params, f'{prefix}v_projection', x_k)
   out = jnp.einsum('...hqk,...khc->...qhc', weights.astype(v.dtype), v)
   out = out.reshape(*out.shape[:-2], -1)
-  out *= jax.nn.sigmoid(functional.linear(params, f'{name}gating_query', x_q))
-  return adaptive_zero_init(params, out, single_cond, name)
+  out *= jax.nn.sigmoid(functional.linear(params, f'{prefix}gating_query', x_q))
+  return adaptive_zero_init(params, out, single_cond, prefix)
 
 
 def _attention_parameters(
@@ -717,18 +716,20 @@ def _attention_parameters(
   value_dim: int,
   channels: int,
   cond_channels: int | None,
-  name: str,
+  prefix: str,
   final_init: FinalInit,
 ) -> pm.Table:
   _check_heads(n_head, key_dim=key_dim, value_dim=value_dim)
   key, value = (n_head, key_dim // n_head), (n_head, value_dim // n_head)
   return {
-    f'{name}q_projection': pm.linear(channels, *key, bias=0.0),
-    f'{name}k_projection': pm.linear(channels, *key),
-    f'{name}v_projection': pm.linear(channels, *value),
-    f'{name}gating_query': pm.linear(channels, value_dim, initializer='zeros'),
+    f'{prefix}q_projection': pm.linear(channels, *key, bias=0.0),
+    f'{prefix}k_projection': pm.linear(channels, *key),
+    f'{prefix}v_projection': pm.linear(channels, *value),
+    f'{prefix}gating_query': pm.linear(
+      channels, value_dim, initializer='zeros'
+    ),
     **adaptive_zero_init_parameters(
-      value_dim, channels, cond_channels, name, final_init=final_init
+      value_dim, channels, cond_channels, prefix, final_init=final_init
     ),
   }
 

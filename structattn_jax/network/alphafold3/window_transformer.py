@@ -157,7 +157,7 @@ def window_block(
     key_start: [n_window] int32, first key of each window.
     mask: [n_atom] bool, True for real atoms. Padding has zero keys and values,
       as upstream's padding when it is seen.
-    chunk: windows at a time; see `kernels.windowed_attention`.
+    chunk: windows at a time; see `components.windowed_attention`.
     remat: whether to keep nothing but `act` for the backward pass.
 
   Returns:

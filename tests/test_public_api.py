@@ -128,11 +128,12 @@ def signature_arguments(function: ast.FunctionDef) -> list[str]:
 def public_functions(tree: ast.AST, prefix: str = ''):
   """Public functions, methods and classes of a module, with their names."""
   for node in ast.iter_child_nodes(tree):
-    if isinstance(node, ast.ClassDef | ast.FunctionDef):
-      if not node.name.startswith('_'):
-        yield f'{prefix}{node.name}', node
-        if isinstance(node, ast.ClassDef):
-          yield from public_functions(node, f'{prefix}{node.name}.')
+    if not isinstance(node, ast.ClassDef | ast.FunctionDef):
+      continue
+    if not node.name.startswith('_'):
+      yield f'{prefix}{node.name}', node
+      if isinstance(node, ast.ClassDef):
+        yield from public_functions(node, f'{prefix}{node.name}.')
 
 
 def fields(classes: dict[str, ast.ClassDef], node: ast.AST) -> list[str]:

@@ -39,6 +39,7 @@ from structattn_jax.components import functional
 from structattn_jax.components import parameters as pm
 from structattn_jax.network.alphafold3 import atom_layout, window_plan
 from structattn_jax.network.alphafold3 import diffusion_transformer as dt
+from structattn_jax.network.alphafold3 import transformer_parameters as tp
 
 # Parity with float64 means little through TF32 units.
 jax.config.update('jax_default_matmul_precision', 'highest')
@@ -203,12 +204,12 @@ plt.show()
 # its dense layout.
 
 # %%
-attention = dt.CrossAttentionConfig(num_head=4, key_dim=32, value_dim=32)
+attention = tp.CrossAttentionConfig(num_head=4, key_dim=32, value_dim=32)
 config = sa.alphafold3.AtomCrossAttConfig(
   per_atom_channels=32,
   per_atom_pair_channels=8,
   per_token_channels=64,
-  atom_transformer=dt.CrossAttTransformerConfig(
+  atom_transformer=tp.CrossAttTransformerConfig(
     num_blocks=2, attention=attention
   ),
   final_init='linear',
@@ -328,15 +329,15 @@ plt.show()
 # Plain functions of a parameter tree, with optax around them.
 
 # %%
-token_config = dt.TransformerConfig(
-  attention=dt.SelfAttentionConfig(num_head=4, key_dim=32, value_dim=32),
+token_config = tp.TransformerConfig(
+  attention=tp.SelfAttentionConfig(num_head=4, key_dim=32, value_dim=32),
   num_blocks=2,
   super_block_size=2,
 )
 n_single = single.shape[-1] + 1
 tables = {
   'atoms': table,
-  'tokens': dt.transformer_parameters(
+  'tokens': tp.transformer_parameters(
     token_config, config.per_token_channels, n_single, None
   ),
   'single': {'project': pm.linear(n_single, config.per_token_channels)},

@@ -17,7 +17,7 @@ from structattn_jax.components import parameters as pm
 from structattn_jax.network.alphafold2 import invariant_point_attention as ipa
 from structattn_jax.network.alphafold3 import atom_cross_attention as af3
 from structattn_jax.network.alphafold3 import cached_atom_attention as aca
-from structattn_jax.network.alphafold3 import diffusion_transformer as dt
+from structattn_jax.network.alphafold3 import transformer_parameters as tp
 from structattn_jax.network.alphafold3 import window_plan
 from structattn_jax.network.boltz import atom_attention as boltz_encoders
 from structattn_jax.network.boltz import parameters as boltz_parameters
@@ -229,9 +229,9 @@ def _atom_cross_att_case() -> Case:
   token = [0, 0, 1, 1, 1, 3, 3, 3, 4, 4, 4]
   n_token, transformer = (
     5,
-    dt.CrossAttTransformerConfig(
+    tp.CrossAttTransformerConfig(
       num_blocks=2,
-      attention=dt.CrossAttentionConfig(num_head=2, key_dim=4, value_dim=6),
+      attention=tp.CrossAttentionConfig(num_head=2, key_dim=4, value_dim=6),
     ),
   )
   plan = window_plan.build_window_plan(

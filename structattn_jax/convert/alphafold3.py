@@ -24,7 +24,7 @@ from structattn_jax import checkpoint
 from structattn_jax.checkpoint import CheckpointError
 from structattn_jax.convert import record_file
 from structattn_jax.network.alphafold3 import atom_cross_attention as published
-from structattn_jax.network.alphafold3 import diffusion_transformer as dt
+from structattn_jax.network.alphafold3 import transformer_parameters as tp
 
 Copy = Literal['diffusion', 'evoformer_conditioning']
 
@@ -185,7 +185,7 @@ def load_transformer(
   *,
   scope: str = TRANSFORMER_SCOPE,
   model: str | None = None,
-) -> tuple[dt.TransformerConfig, hk.Params]:
+) -> tuple[tp.TransformerConfig, hk.Params]:
   """Reads the token transformer of the diffusion head.
 
   Args:
@@ -203,8 +203,8 @@ def load_transformer(
   """
   outer = f'{scope.strip("/")}/'
   params, sizes = _load(path, model, outer, outer, transformer_table())
-  config = dt.TransformerConfig(
-    attention=dt.SelfAttentionConfig(
+  config = tp.TransformerConfig(
+    attention=tp.SelfAttentionConfig(
       num_head=sizes['H'],
       key_dim=sizes['H'] * sizes['K'],
       value_dim=sizes['H'] * sizes['V'],
@@ -255,12 +255,12 @@ def save_params(
 
 def _cross_att_config(
   sizes: Mapping[str, int], own: str
-) -> dt.CrossAttTransformerConfig:
+) -> tp.CrossAttTransformerConfig:
   blocks, head, key, value, factor = (sizes[x + own] for x in 'LHKVF')
-  return dt.CrossAttTransformerConfig(
+  return tp.CrossAttTransformerConfig(
     num_intermediate_factor=factor,
     num_blocks=blocks,
-    attention=dt.CrossAttentionConfig(
+    attention=tp.CrossAttentionConfig(
       num_head=head, key_dim=head * key, value_dim=head * value
     ),
   )

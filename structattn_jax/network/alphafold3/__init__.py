@@ -26,11 +26,14 @@ from structattn_jax.network.alphafold3.dense_atom_attention import (
   dense_atom_cross_att,
 )
 from structattn_jax.network.alphafold3.diffusion_transformer import (
-  CrossAttentionConfig,
   CrossAttTransformer,
+  Transformer,
+  transform_transformer,
+)
+from structattn_jax.network.alphafold3.transformer_parameters import (
+  CrossAttentionConfig,
   CrossAttTransformerConfig,
   SelfAttentionConfig,
-  Transformer,
   TransformerConfig,
 )
 from structattn_jax.network.alphafold3.window_plan import (
@@ -66,4 +69,5 @@ __all__ = [
   'cached_atom_cross_att',
   'dense_atom_cross_att',
   'transform_atom_cross_att',
+  'transform_transformer',
 ]

@@ -35,6 +35,7 @@ from structattn_jax.components import parameters as pm
 from structattn_jax.components.parameters import Params
 from structattn_jax.network.alphafold3 import atom_layout
 from structattn_jax.network.alphafold3 import diffusion_transformer as dt
+from structattn_jax.network.alphafold3 import transformer_parameters as tp
 from structattn_jax.network.alphafold3.atom_layout import Arranged
 
 # Classes of elements and of each character of an atom's name.
@@ -71,11 +72,11 @@ class AtomCrossAttConfig(base_config.BaseConfig):
   per_token_channels: int = 768
   per_atom_channels: int = 128
   per_atom_pair_channels: int = 16
-  atom_transformer: dt.CrossAttTransformerConfig = dataclasses.field(
-    default_factory=dt.CrossAttTransformerConfig
+  atom_transformer: tp.CrossAttTransformerConfig = dataclasses.field(
+    default_factory=tp.CrossAttTransformerConfig
   )
-  decoder_transformer: dt.CrossAttTransformerConfig | None = None
-  final_init: dt.FinalInit = 'zeros'
+  decoder_transformer: tp.CrossAttTransformerConfig | None = None
+  final_init: tp.FinalInit = 'zeros'
   uid_rule: Literal['official', 'corrected'] = 'official'
   padded_keys: dt.PaddedKeys = 'official'
   implementation: Literal['published', 'blocked'] | None = None
@@ -387,7 +388,7 @@ def atom_cross_att_parameters(
   table = {f'{prefix}_{leaf}': arrays for leaf, arrays in table.items()}
   for part, own in transformers.items():
     scope = transformer_scope(prefix, part)
-    blocks = dt.cross_att_transformer_parameters(
+    blocks = tp.cross_att_transformer_parameters(
       own, c_atom, c_atom, c_pair, name=scope
     )
     table |= {f'{scope}/{leaf}': arrays for leaf, arrays in blocks.items()}

@@ -22,9 +22,7 @@ from structattn_jax.common import numerics
 from structattn_jax.components import functional, mapping, windowed_attention
 from structattn_jax.components import parameters as pm
 from structattn_jax.components.parameters import Params
-from structattn_jax.network.alphafold3.diffusion_transformer import (
-  STACK,
-)
+from structattn_jax.network.alphafold3.transformer_parameters import STACK
 
 
 class BlockWeights(NamedTuple):

@@ -15,14 +15,15 @@ from structattn_jax.components import functional
 from structattn_jax.components import parameters as pm
 from structattn_jax.network.alphafold3 import atom_layout, window_plan
 from structattn_jax.network.alphafold3 import diffusion_transformer as dt
+from structattn_jax.network.alphafold3 import transformer_parameters as tp
 from structattn_jax.network.alphafold3 import window_transformer as wt
 from structattn_jax.verification.golden import Golden
 
 GOLDENS = pathlib.Path(__file__).parents[2] / 'goldens'
 GOLDENS /= 'af3_atom_cross_attention'
 
-SIZES = dt.TransformerConfig(
-  attention=dt.SelfAttentionConfig(num_head=2, key_dim=6, value_dim=4),
+SIZES = tp.TransformerConfig(
+  attention=tp.SelfAttentionConfig(num_head=2, key_dim=6, value_dim=4),
   num_blocks=4,
   super_block_size=2,
 )
@@ -71,7 +72,7 @@ def token_case():
     normal(N_TOKEN, C_COND),
     normal(N_TOKEN, N_TOKEN, C_PAIR),
   )
-  table = dt.transformer_parameters(SIZES, CHANNELS, C_COND, C_PAIR)
+  table = tp.transformer_parameters(SIZES, CHANNELS, C_COND, C_PAIR)
   params = jax.tree.map(
     lambda x: x + 0.3 * normal(*x.shape),
     pm.init_parameters(table, jax.random.key(0)),
@@ -167,9 +168,9 @@ def test_cross_attention_masks_keys_only_if_asked():
   rng = np.random.default_rng(1)
   x_q = rng.standard_normal((4, 6), np.float32)
   x_k = rng.standard_normal((5, 6), np.float32)
-  config = dt.CrossAttentionConfig(num_head=2, key_dim=4, value_dim=6)
+  config = tp.CrossAttentionConfig(num_head=2, key_dim=4, value_dim=6)
   params = pm.init_parameters(
-    dt.cross_attention_parameters(config, 6, None, final_init='linear'),
+    tp.cross_attention_parameters(config, 6, None, final_init='linear'),
     jax.random.key(0),
   )
   mask_q, mask_k = np.ones(4, bool), np.arange(5) < 3
@@ -201,10 +202,10 @@ def test_window_transformer_equals_the_published_one(remat):
   gathers = atom_layout.AtomCrossAtt.build(
     np.ones((n, 1), bool), padded_num_atoms=80, num_queries=8, num_keys=24
   )
-  config = dt.CrossAttTransformerConfig(
-    attention=dt.CrossAttentionConfig(num_head=2, key_dim=4, value_dim=8)
+  config = tp.CrossAttTransformerConfig(
+    attention=tp.CrossAttentionConfig(num_head=2, key_dim=4, value_dim=8)
   )
-  table = dt.cross_att_transformer_parameters(config, c, c, c_pair)
+  table = tp.cross_att_transformer_parameters(config, c, c, c_pair)
   params = pm.init_parameters(table, jax.random.key(0))
   params = jax.tree.map(
     lambda x: np.asarray(x) + 0.3 * rng.standard_normal(x.shape), params
@@ -230,7 +231,7 @@ def test_window_transformer_equals_the_published_one(remat):
       pair,
     ).values.reshape(80, c)
 
-  def lean(params, act, single, pair):
+  def blocked(params, act, single, pair):
     own = pm.below(params, f'{scope}/')
     normalised = functional.layer_norm(own, 'pair_input_layer_norm', pair)
     logits = functional.linear(own, 'pair_logits_projection', normalised)
@@ -254,7 +255,7 @@ def test_window_transformer_equals_the_published_one(remat):
           lambda *x, fn=fn: jnp.sum(weight * fn(*x)), (0, 1, 2, 3)
         )
       )(own, act, single, pair)
-      for fn in (apply, lean)
+      for fn in (apply, blocked)
     )
     got, want = jax.tree.map(np.asarray, (got, want))
   for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
@@ -266,11 +267,11 @@ def test_window_transformer_equals_the_published_one(remat):
   ('make', 'message'),
   [
     (
-      lambda: dt.CrossAttentionConfig(num_head=3),
+      lambda: tp.CrossAttentionConfig(num_head=3),
       'key_dim=128 must be divisible by num_head=3',
     ),
     (
-      lambda: dt.SelfAttentionConfig(num_head=4, value_dim=6),
+      lambda: tp.SelfAttentionConfig(num_head=4, value_dim=6),
       'value_dim=6 must be divisible by num_head=4',
     ),
     (
@@ -278,7 +279,7 @@ def test_window_transformer_equals_the_published_one(remat):
       'num_blocks=4 must be divisible by super_block_size=3',
     ),
     (
-      lambda: dt.self_attention_parameters(dt.SelfAttentionConfig(), 24, None),
+      lambda: tp.self_attention_parameters(tp.SelfAttentionConfig(), 24, None),
       'key_dim=24 must be divisible by num_head=16',
     ),
   ],

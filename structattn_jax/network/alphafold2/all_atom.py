@@ -41,7 +41,7 @@ def normalise_torsion_angles(angles_sin_cos: jax.Array) -> jax.Array:
 def torsion_angles_to_frames(
   backbone: geometry.Rigid, angles_sin_cos: jax.Array, aatype: jax.Array
 ) -> geometry.Rigid:
-  """Frames of all rigid groups, Alg. 24.
+  """Frames of all rigid groups, Alg. 24 lines 2 to 10.
 
   The default frame of each group is turned about its x axis by the torsion
   angle; chi2 to chi4 continue the group before them; all others start at the
@@ -87,7 +87,7 @@ def torsion_angles_to_frames(
 
 
 def frames_to_atom14(frames: geometry.Rigid, aatype: jax.Array) -> jax.Array:
-  """Atom positions of rigid groups, Alg. 24.
+  """Atom positions of rigid groups, Alg. 24 line 11.
 
   Args:
     frames: frames [..., n_res, 8], angstrom.

@@ -163,21 +163,11 @@ def self_attention_parameters(
   channels: int,
   cond_channels: int | None,
   prefix: str = '',
-  *,
-  final_init: FinalInit = 'zeros',
 ) -> pm.Table:
   """Of `self_attention`."""
   return {
     **adaptive_layernorm_parameters(channels, cond_channels, prefix),
-    **_attention_parameters(
-      config.num_head,
-      channels if config.key_dim is None else config.key_dim,
-      channels if config.value_dim is None else config.value_dim,
-      channels,
-      cond_channels,
-      prefix,
-      final_init,
-    ),
+    **_attention_parameters(config, channels, cond_channels, prefix),
   }
 
 
@@ -186,22 +176,12 @@ def cross_attention_parameters(
   channels: int,
   cond_channels: int | None,
   prefix: str = '',
-  *,
-  final_init: FinalInit = 'zeros',
 ) -> pm.Table:
   """Of `cross_attention`."""
   return {
     **adaptive_layernorm_parameters(channels, cond_channels, f'{prefix}q'),
     **adaptive_layernorm_parameters(channels, cond_channels, f'{prefix}k'),
-    **_attention_parameters(
-      config.num_head,
-      config.key_dim,
-      config.value_dim,
-      channels,
-      cond_channels,
-      prefix,
-      final_init,
-    ),
+    **_attention_parameters(config, channels, cond_channels, prefix),
   }
 
 
@@ -257,14 +237,14 @@ def transformer_parameters(
 
 
 def _attention_parameters(
-  n_head: int,
-  key_dim: int,
-  value_dim: int,
+  config: SelfAttentionConfig | CrossAttentionConfig,
   channels: int,
   cond_channels: int | None,
   prefix: str,
-  final_init: FinalInit,
 ) -> pm.Table:
+  n_head = config.num_head
+  key_dim = channels if config.key_dim is None else config.key_dim
+  value_dim = channels if config.value_dim is None else config.value_dim
   _check_heads(n_head, key_dim=key_dim, value_dim=value_dim)
   key, value = (n_head, key_dim // n_head), (n_head, value_dim // n_head)
   return {
@@ -274,9 +254,7 @@ def _attention_parameters(
     f'{prefix}gating_query': pm.linear(
       channels, value_dim, initializer='zeros'
     ),
-    **adaptive_zero_init_parameters(
-      value_dim, channels, cond_channels, prefix, final_init=final_init
-    ),
+    **adaptive_zero_init_parameters(value_dim, channels, cond_channels, prefix),
   }
 
 

@@ -261,6 +261,20 @@ def test_cached_steps_equal_one_call(native, cache_terms):
   assert worst(dense, arrays['outputs64/position_update']) < 2e-6
 
 
+def test_functions_are_those_of_the_config_they_were_made_with(native):
+  params, plan, ref, _, floats = native
+  corrected = sa.alphafold3.AtomCrossAttConfig(uid_rule='corrected')
+  first, second = (
+    precompute(params, plan, ref, floats, config=config)
+    for config in (None, corrected)
+  )
+  assert not np.allclose(first.encoder.biases[0], second.encoder.biases[0])
+  published = sa.alphafold3.AtomCrossAttConfig(implementation='published')
+  for form in (aca.cached_atom_cross_att, aca.transform_atom_cross_att):
+    with pytest.raises(ValueError, match="implementation: .* got 'published'"):
+      form(published)
+
+
 def test_samples_share_an_unbatched_conditioning(native):
   params, plan, ref, positions, floats = native
   conditioning = precompute(params, plan, ref, floats)

@@ -169,10 +169,13 @@ def test_cross_attention_masks_keys_only_if_asked():
   x_q = rng.standard_normal((4, 6), np.float32)
   x_k = rng.standard_normal((5, 6), np.float32)
   config = tp.CrossAttentionConfig(num_head=2, key_dim=4, value_dim=6)
-  params = pm.init_parameters(
-    tp.cross_attention_parameters(config, 6, None, final_init='linear'),
-    jax.random.key(0),
-  )
+  params = {
+    module: {
+      name: rng.standard_normal(parameter.shape, np.float32)
+      for name, parameter in arrays.items()
+    }
+    for module, arrays in tp.cross_attention_parameters(config, 6, None).items()
+  }
   mask_q, mask_k = np.ones(4, bool), np.arange(5) < 3
 
   def run(x_k, mask_k, padded_keys):

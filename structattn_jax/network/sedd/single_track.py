@@ -26,6 +26,8 @@ class SeddConfig(blocks.DDiTConfig):
   """Sizes of the single-track transformer; defaults are `sedd-small`'s.
 
   Attributes:
+    num_block: transformer blocks.
+    cond_dim: channels of the embedded noise.
     vocab: tokens, including the absorbing state if the graph has one.
     variant: 'sedd' or 'v100', see `blocks`. 'v100' applies no SiLU
       to the condition, exact GELU, and no bias to the logits.

@@ -80,7 +80,7 @@ def run(path: pathlib.Path) -> list[Row]:
     warnings.simplefilter('ignore', convert.DeadParametersWarning)
     for part in _parts(kind, tree):
       try:
-        params = convert.FORMATS[kind].read(path, part, None).params
+        params = convert.FORMATS[kind].read(path, part, None, False).params
       except state_dicts.MissingPartError:
         continue  # Not every file has every part.
       count = sum(map(len, params.values()))

@@ -62,7 +62,7 @@ def guard(
   except Exception as cause:
     reason = ' '.join(short(str(cause), _REASON).split())
     if isinstance(cause, OSError) and cause.strerror:
-      reason = cause.strerror
+      what, reason = 'cannot be read', cause.strerror
     elif not isinstance(cause, ValueError) or not reason:
       reason = f'{type(cause).__name__}: {reason}'.removesuffix(': ')
     raise error(f'{os.fspath(path)}: {what}: {reason}') from cause

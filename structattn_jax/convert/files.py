@@ -33,14 +33,14 @@ class Format:
     parts: what can be taken from it; the first one is the default. N stands
       for a number.
     name: how names of its parameters begin, by which it is recognised.
-    read: takes a file, one of the parts, which weights, and whether these may
-      be infinite or no numbers.
+    read: takes a file, one of the parts, which weights, and perhaps
+      `allow_nan`.
   """
 
   title: str
   parts: tuple[str, ...]
   name: str
-  read: Callable[[checkpoint.Path, str, Weights | None, bool], Loaded]
+  read: Callable[..., Loaded]
 
   def has(self, part: str) -> bool:
     """Whether it has such a part."""
@@ -49,7 +49,10 @@ class Format:
 
 
 def _read_alphafold2(
-  path: checkpoint.Path, part: str, weights: Weights | None, allow_nan: bool
+  path: checkpoint.Path,
+  part: str,
+  weights: Weights | None,
+  allow_nan: bool = False,
 ) -> Loaded:
   if weights == 'ema':
     raise CheckpointError(f'{path}: has no moving averages')
@@ -61,7 +64,10 @@ def _read_alphafold2(
 
 
 def _read_alphafold3(
-  path: checkpoint.Path, part: str, weights: Weights | None, allow_nan: bool
+  path: checkpoint.Path,
+  part: str,
+  weights: Weights | None,
+  allow_nan: bool = False,
 ) -> Loaded:
   if weights == 'ema':
     raise CheckpointError(f'{path}: has no moving averages of its own')
@@ -110,7 +116,7 @@ FORMATS: dict[str, Format] = {
     'SEDD .pth or .safetensors',
     ('sedd',),
     r'vocab_embed\.',
-    lambda path, part, weights, allow_nan: sedd.read_sedd(
+    lambda path, part, weights, allow_nan=False: sedd.read_sedd(
       path, weights=weights, allow_nan=allow_nan
     ),
   ),
@@ -118,7 +124,7 @@ FORMATS: dict[str, Format] = {
     'protein_lig_sedd .pth',
     ('dual_track',),
     r'(transformer\.)?protein_embed\.',
-    lambda path, part, weights, allow_nan: sedd.read_dual_track(
+    lambda path, part, weights, allow_nan=False: sedd.read_dual_track(
       path, weights=weights, allow_nan=allow_nan
     ),
   ),
@@ -216,7 +222,7 @@ def convert_file(
     )
   if pathlib.Path(target).exists() and os.path.samefile(source, target):
     raise CheckpointError(f'{target}: would replace the source')
-  loaded = kind.read(source, part, weights, allow_nan)
+  loaded = kind.read(source, part, weights, allow_nan=allow_nan)
   files = [pathlib.Path(source)]
   if name == 'alphafold3':
     files = record_file.find_model_files(source).files

@@ -76,7 +76,8 @@ _STORAGES = {
 # elements that opcodes copy, join or look at without being as long themselves.
 _MAX_PICKLE = 64 * 2**20
 _MAX_OPCODES = 2**22
-_MAX_WORK = 2**24
+_MAX_WORK = 2**22
+_CHARACTERS = 16  # Are one element.
 _MAX_SIZE = 2**63
 _MAX_KEY = 2**60
 _MAX_DIMS = 64  # NumPy's.
@@ -423,7 +424,7 @@ class _Interpreter:
         module, attribute = self._pop(2)
         if not isinstance(module, str) or not isinstance(attribute, str):
           self._fail('a global is not named by text')
-        self._spend(len(module) + len(attribute))
+        self._spend((len(module) + len(attribute)) // _CHARACTERS)
         stack.append(Global(f'{module}.{attribute}'))
       case 'REDUCE' | 'NEWOBJ':
         stack.append(self._make(*self._pop(2)))
@@ -535,7 +536,7 @@ class _Interpreter:
           return made if function.name.endswith('.set') else frozenset(made)
       case '_codecs.encode':
         if len(args) == 2 and type(args[0]) is str and args[1] == 'latin1':
-          self._spend(len(args[0]))
+          self._spend(len(args[0]) // _CHARACTERS)
           return args[0].encode('latin1')
       case '__builtin__.complex' | 'builtins.complex':
         if len(args) == 2 and all(type(x) is float for x in args):
@@ -552,7 +553,7 @@ class _Interpreter:
     _, kind, key, _, count = pid
     if type(kind) is not Global or type(key) is not str or not _is_size(count):
       self._fail('a persistent id does not name a storage')
-    self._spend(len(key))
+    self._spend(len(key) // _CHARACTERS)
     size = self._archive.size(f'data/{key}')
     if size is None:
       self._fail(f'there is no storage {key[:40]!r}')

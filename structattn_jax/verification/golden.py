@@ -46,6 +46,7 @@ from typing import Any
 import numpy as np
 
 from structattn_jax import checkpoint
+from structattn_jax.common import files
 
 FACTOR = 1.5
 FLOOR = 2e-6
@@ -59,7 +60,7 @@ _FLOAT64 = 1e-9
 Take = Callable[[np.ndarray], np.ndarray]
 
 
-class GoldenError(ValueError):
+class GoldenError(files.FileError):
   """A golden that cannot be replayed."""
 
 
@@ -147,7 +148,7 @@ class Golden:
     text = arrays.pop('meta')
     try:
       meta = json.loads(text.item()) if text.dtype.kind == 'U' else None
-    except ValueError:
+    except (ValueError, RecursionError):
       meta = None
     if not isinstance(meta, dict):
       raise NotAGoldenError('not a golden file: `meta` is not JSON')

@@ -80,7 +80,7 @@ def run(path: pathlib.Path) -> list[Row]:
     warnings.simplefilter('ignore', convert.DeadParametersWarning)
     for part in _parts(kind, tree):
       try:
-        params = convert.FORMATS[kind].read(path, part, None, False).params
+        params = convert.FORMATS[kind].read(path, part, None).params
       except state_dicts.MissingPartError:
         continue  # Not every file has every part.
       count = sum(map(len, params.values()))
@@ -153,7 +153,7 @@ def _expected(case: str, path: pathlib.Path, kind: str) -> list[Row]:
     meta = arrays.pop('meta', np.array('{}'))
     try:
       golden = Golden(case, json.loads(meta.item()), arrays)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
       raise GoldenError(f'{file}: `meta` is not JSON') from None
     replay = {'sedd': _sedd, 'sedd_protein_ligand': _dual_track}.get(kind)
     wanted = {'sedd': 'inputs/indices'}.get(kind, 'inputs/protein_indices')

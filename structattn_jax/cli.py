@@ -400,9 +400,11 @@ def _sample(options: argparse.Namespace) -> int:
   except ValueError as error:
     raise generate.GenerateError(str(error)) from None
   if options.training is not None:
-    known = data.read_pairs(options.training)
+    known = data.read_pairs(
+      options.training, lone_proteins=True, lone_ligands=True
+    )
   elif model.settings is not None:
-    known = training.read_pairs(model.settings.data)
+    known = training.read_pairs(model.settings)
   else:
     known = None
   samples = generate.generate(

@@ -207,7 +207,7 @@ class SmilesTokenizer(_Vocabulary):
     Returns:
       A tokeniser that knows every token of `smiles`.
     """
-    found = {token for text in smiles for token in _split_smiles(text)}
+    found = {token for text in smiles for token in split_smiles(text)}
     tokens = sorted(found - {*_SMILES_SPECIALS, '<unk>'})
     ordered = (*_SMILES_SPECIALS, *tokens, '<unk>')
     return cls({token: i for i, token in enumerate(ordered)})
@@ -252,10 +252,11 @@ class SmilesTokenizer(_Vocabulary):
     Raises:
       ValueError: if a character cannot start a token, showing its position.
     """
-    return _split_smiles(text)
+    return split_smiles(text)
 
 
-def _split_smiles(text: str) -> list[str]:
+def split_smiles(text: str) -> list[str]:
+  """Splits SMILES as `SmilesTokenizer.split` does."""
   tokens = []
   position = 0
   while position < len(text):

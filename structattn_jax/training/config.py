@@ -20,6 +20,10 @@ class DataConfig(base_config.BaseConfig):
     path: CSV or Parquet table of pairs; 'bundled' is the set of the package. A
       relative path is relative to the working folder.
     split: rows whose column `split` has this value; None takes all.
+    skip_bad_rows: whether rows that are no pairs are left out and reported,
+      instead of an error, see `data.read_pairs`. A row without a protein is a
+      pair if the run has the mode 'ligand_only', one without a ligand if it has
+      'protein_only'.
     validation_split: rows for the bounds that are logged; None takes the
       training pairs.
     vocabulary: SMILES vocabulary, see `SmilesTokenizer.from_file`; None builds
@@ -39,6 +43,7 @@ class DataConfig(base_config.BaseConfig):
 
   path: str = BUNDLED
   split: str | None = None
+  skip_bad_rows: bool = False
   validation_split: str | None = None
   vocabulary: str | None = None
   protein_buckets: tuple[int, ...] = (512,)

@@ -236,6 +236,8 @@ def load_data(config: config_lib.TrainConfig) -> RunData:
     RunError: if the model's vocabularies are too small, or nothing is left.
     data.PairFileError: if a table cannot be read.
   """
+  if not config.modes:
+    raise RunError('modes: expected at least one value')
   settings = config.data
   messages: list[str] = []
   pairs = read_pairs(config, report=messages.append)

@@ -143,7 +143,7 @@ class Golden:
       NotAGoldenError: if it is another kind of file.
     """
     if 'meta' not in checkpoint.npz_names(path):
-      raise NotAGoldenError('not a golden file: it has no `meta`')
+      raise NotAGoldenError(f'{path}: not a golden file: it has no `meta`')
     arrays = checkpoint.read_npz(path)
     text = arrays.pop('meta')
     try:
@@ -151,10 +151,12 @@ class Golden:
     except (ValueError, RecursionError):
       meta = None
     if not isinstance(meta, dict):
-      raise NotAGoldenError('not a golden file: `meta` is not JSON')
+      raise NotAGoldenError(f'{path}: not a golden file: `meta` is not JSON')
     for key in ('system', 'kind'):
       if not isinstance(meta.get(key), str):
-        raise NotAGoldenError(f'not a golden file: `meta` names no {key}')
+        raise NotAGoldenError(
+          f'{path}: not a golden file: `meta` names no {key}'
+        )
     return cls(case, meta, arrays, is_float64)
 
   def part(self, prefix: str) -> dict[str, np.ndarray]:

@@ -82,10 +82,9 @@ def verify(
           )
       except replay.NotAGoldenError as error:
         noted = notes if path.is_dir() else errors
-        noted.append(f'not replayed: {file}: {error}')
+        noted.append(f'not replayed: {_named(file, error)}')
       except (files.FileError, ImportError) as error:
-        text = str(error)
-        errors.append(text if str(file) in text else f'{file}: {text}')
+        errors.append(_named(file, error))
       else:
         rows += compared
         if left:
@@ -93,6 +92,11 @@ def verify(
   if not rows and not errors:
     errors.append('no golden file could be replayed')
   return Report(tuple(rows), tuple(notes), tuple(errors))
+
+
+def _named(file: pathlib.Path, error: Exception) -> str:
+  text = str(error)
+  return text if str(file) in text else f'{file}: {text}'
 
 
 def _find(path: pathlib.Path) -> tuple[list[pathlib.Path], list[str]]:

@@ -271,7 +271,7 @@ def test_functions_are_those_of_the_config_they_were_made_with(native):
   assert not np.allclose(first.encoder.biases[0], second.encoder.biases[0])
   published = sa.alphafold3.AtomCrossAttConfig(implementation='published')
   for form in (aca.cached_atom_cross_att, aca.transform_atom_cross_att):
-    with pytest.raises(ValueError, match="implementation: .* got 'published'"):
+    with pytest.raises(ValueError, match=r"implementation: .* got 'published'"):
       form(published)
 
 

@@ -20,7 +20,6 @@ from structattn_jax.network.alphafold3 import cached_atom_attention as aca
 from structattn_jax.network.alphafold3 import transformer_parameters as tp
 from structattn_jax.network.alphafold3 import window_plan
 from structattn_jax.network.boltz import atom_attention as boltz_encoders
-from structattn_jax.network.boltz import parameters as boltz_parameters
 from structattn_jax.network.pallatom import atom_transformers as pallatom
 from structattn_jax.network.sedd import dual_track as sedd
 from structattn_jax.network.seeds import token_atom_attention as taa
@@ -336,20 +335,20 @@ def _boltz_case(name: str, config: boltz_encoders.Config) -> Case:
     }
   token_inputs = ('single', 'pair', 'token_act', 'res_type', 'modified')
   token_inputs += ('mol_type',)
+  output = boltz_encoders.BoltzAtomAttentionOutput
   system = systems.boltz_atom_attention(config, n_token)
-  table = boltz_parameters.atom_attention_parameters(config)
   return Case(
     name,
     system,
-    lambda **inputs: system.transformed.apply(
-      pm.haiku_parameters(table), **inputs
+    lambda **inputs: boltz_encoders.atom_attention_outputs(
+      config, **system.arguments(inputs)
     ),
     inputs,
     paddings=(
       {
         'axes': {name: 0 for name in inputs if name not in token_inputs},
         'masks': ('atom_mask',),
-        'output_axes': {'tokens': None, 'atoms': 0, 'update': 0},
+        'output_axes': output(tokens=None, atoms=0, update=0),
         'padding': config.atoms_per_window_queries,
       },
     ),
@@ -361,12 +360,13 @@ def _boltz_case(name: str, config: boltz_encoders.Config) -> Case:
           if name in inputs
         },
         'index_of': ('atom_to_token',),
-        'output_axes': {'tokens': 0, 'atoms': None, 'update': None},
+        'output_axes': output(tokens=0, atoms=None, update=None),
       },
     ),
     bfloat16_system=systems.boltz_atom_attention(
       dataclasses.replace(config, bfloat16=True), n_token
     ),
+    coordinates=('update',),
     degenerate={
       'all_masked': {'atom_mask': np.zeros(n_atom, bool)},
       'one_window_masked': {'atom_mask': np.arange(n_atom) < 2},
@@ -519,7 +519,7 @@ CASES: dict[str, Case] = {
       'boltz2_atom_attention',
       boltz_encoders.Boltz2AtomAttentionConfig(
         **_BOLTZ_SIZES,
-        implementation='dense',
+        implementation='published',
         use_no_atom_char=True,
         use_atom_backbone_feat=True,
         use_residue_feats_atoms=True,

@@ -21,7 +21,7 @@ from structattn_jax.network.alphafold2 import invariant_point_attention as ipa
 from structattn_jax.network.alphafold3 import atom_cross_attention as af3
 from structattn_jax.network.alphafold3 import cached_atom_attention as aca
 from structattn_jax.network.alphafold3 import window_plan as wp
-from structattn_jax.network.boltz import atom_attention as boltz_encoders
+from structattn_jax.network.boltz import atom_attention as boltz
 from structattn_jax.network.pallatom import atom_transformers as pallatom
 from structattn_jax.network.sedd import dual_track as sedd_dual_track
 from structattn_jax.network.seeds import token_atom_attention as taa
@@ -258,34 +258,21 @@ _BOLTZ2_SHAPES = {
 }
 
 
-def boltz_atom_attention(
-  config: boltz_encoders.Config, num_tokens: int
-) -> System:
+def boltz_atom_attention(config: boltz.Config, num_tokens: int) -> System:
   """Boltz's atom attention encoder and decoder of either version."""
-  functions = boltz_encoders.transform_boltz_atom_attention(config)
+  atoms = [field.name for field in dataclasses.fields(boltz.BoltzAtomFeatures)]
 
-  def run(params: hk.Params, **inputs: Any) -> dict[str, jax.Array]:
-    names = ('single', 'pair', 'positions', 'token_act')
-    single, pair, positions, token_act = (
-      inputs.pop(name, None) for name in names
-    )
-    features = boltz_encoders.BoltzAtomFeatures(**inputs, num_tokens=num_tokens)
-    context = functions.precompute(params, features, single, pair)
-    encoded = functions.encode(params, context, positions)
-    found = {'tokens': encoded.tokens, 'atoms': encoded.atoms}
-    if token_act is not None:
-      update = functions.decode(params, context, token_act, encoded.atoms)
-      found['update'] = update.astype(encoded.atoms.dtype)
-    return found
+  def arguments(inputs: Inputs) -> dict[str, Any]:
+    own = {k: x for k, x in inputs.items() if k in atoms}
+    features = boltz.BoltzAtomFeatures(**own, num_tokens=num_tokens)
+    rest = {k: x for k, x in inputs.items() if k not in atoms}
+    return {'features': features, **rest}
 
-  def init(key: jax.Array, **inputs: Any) -> Any:
-    params = functions.init(key)
-    jax.eval_shape(run, params, **inputs)  # For its checks.
-    return params
+  is_second = isinstance(config, boltz.Boltz2AtomAttentionConfig)
 
-  is_second = isinstance(config, boltz_encoders.Boltz2AtomAttentionConfig)
-
-  def oracle(params: hk.Params, inputs: Inputs) -> dict[str, np.ndarray]:
+  def oracle(
+    params: hk.Params, inputs: Inputs
+  ) -> boltz.BoltzAtomAttentionOutput:
     options = {}
     if is_second:
       names = (
@@ -295,7 +282,7 @@ def boltz_atom_attention(
       )
       options = {name: getattr(config, name) for name in names}
     decoder = (config.atom_decoder_depth, config.atom_decoder_heads)
-    found = boltz_reference.atom_attention(
+    found: Any = boltz_reference.atom_attention(
       {module: float64(arrays) for module, arrays in params.items()},
       float64(inputs),
       version=2 if is_second else 1,
@@ -306,15 +293,16 @@ def boltz_atom_attention(
       num_tokens=num_tokens,
       **options,
     )
-    del found['p']
-    return found
+    return boltz.BoltzAtomAttentionOutput(
+      found['tokens'], found['atoms'], found.get('update')
+    )
 
   return System(
     'boltz_atom_attention',
     'Boltz atom attention encoder and decoder',
     'Boltz AtomAttentionEncoder, AtomAttentionDecoder; Abramson et al. 2024, '
     'Suppl. Algs. 5-7',
-    hk.Transformed(init, run),
+    boltz.transform_atom_attention(config),
     oracle,
     {
       'ref_pos': 'n_atom 3',
@@ -330,6 +318,7 @@ def boltz_atom_attention(
       'positions': 'n_atom 3',
       'token_act': 'n_token twice_token_s',
     },
+    arguments,
   )
 
 

@@ -62,20 +62,20 @@ def biases_and_gradients(fn, sizes, arguments):
 
 
 @pytest.mark.parametrize('layout', LAYOUTS)
-def test_blocked_biases_equal_dense_with_gradients(layout):
+def test_blocked_biases_equal_published_with_gradients(layout):
   with jax.enable_x64(True):
     sizes, arguments = problem(layout)
-    want = biases_and_gradients(kernel.dense_biases, sizes, arguments)
+    want = biases_and_gradients(kernel.published_biases, sizes, arguments)
     got = biases_and_gradients(kernel.blocked_biases, sizes, arguments)
   for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
     assert g.shape == w.shape
     assert np.abs(g - w).max() < 1e-12 * max(np.abs(w).max(), 1)
 
 
-def test_blocked_biases_without_tokens_equal_dense():
+def test_blocked_biases_without_tokens_equal_published():
   with jax.enable_x64(True):
     sizes, arguments = problem('residues', with_tokens=False)
-    want = biases_and_gradients(kernel.dense_biases, sizes, arguments)
+    want = biases_and_gradients(kernel.published_biases, sizes, arguments)
     got = biases_and_gradients(kernel.blocked_biases, sizes, arguments)
   for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
     assert np.abs(g - w).max() < 1e-12 * max(np.abs(w).max(), 1)

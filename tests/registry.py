@@ -14,13 +14,13 @@ import jax
 import numpy as np
 
 from structattn_jax.components import parameters as pm
+from structattn_jax.network import pallatom
 from structattn_jax.network.alphafold2 import invariant_point_attention as ipa
 from structattn_jax.network.alphafold3 import atom_cross_attention as af3
 from structattn_jax.network.alphafold3 import cached_atom_attention as aca
 from structattn_jax.network.alphafold3 import transformer_parameters as tp
 from structattn_jax.network.alphafold3 import window_plan
 from structattn_jax.network.boltz import atom_attention as boltz_encoders
-from structattn_jax.network.pallatom import atom_transformers as pallatom
 from structattn_jax.network.sedd import dual_track as sedd
 from structattn_jax.network.seeds import token_atom_attention as taa
 from structattn_jax.network.seeds import token_attention_pool as boltz

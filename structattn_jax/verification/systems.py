@@ -17,12 +17,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from structattn_jax.network import pallatom
 from structattn_jax.network.alphafold2 import invariant_point_attention as ipa
 from structattn_jax.network.alphafold3 import atom_cross_attention as af3
 from structattn_jax.network.alphafold3 import cached_atom_attention as aca
 from structattn_jax.network.alphafold3 import window_plan as wp
 from structattn_jax.network.boltz import atom_attention as boltz
-from structattn_jax.network.pallatom import atom_transformers as pallatom
 from structattn_jax.network.sedd import dual_track as sedd_dual_track
 from structattn_jax.network.seeds import token_atom_attention as taa
 from structattn_jax.network.seeds import (

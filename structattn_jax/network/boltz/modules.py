@@ -238,6 +238,7 @@ class Boltz2DiffusionConditioning(_AtomModule):
   """Boltz-2's `DiffusionConditioning`: what the diffusion module shares."""
 
   upstream_name = 'diffusion_conditioning'
+  config: bf.Boltz2AtomAttentionConfig
 
   def __call__(
     self,

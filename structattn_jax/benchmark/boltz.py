@@ -181,14 +181,7 @@ def inputs(mode: Mode, n_atom: int) -> tuple[Any, ...]:
 
 def expected(mode: Mode, args: Sequence[Any]) -> Any:
   """The result of 'published' in float64, of the float32 arguments."""
-  with jax.enable_x64(True):
-    wide = jax.tree.map(
-      lambda x: (
-        np.asarray(x, np.float64) if x.dtype == np.float32 else np.asarray(x)
-      ),
-      tuple(args),
-    )
-    return jax.tree.map(np.asarray, jax.jit(function(mode, 'published'))(*wide))
+  return harness.in_float64(function(mode, 'published'), args)
 
 
 def _config(mode: Mode) -> be.Boltz1AtomAttentionConfig:

@@ -3,8 +3,8 @@
 128 atom, 16 atom pair, 256 token and 128 token pair channels, 2 blocks in the
 encoder and 3 in the decoder, 4 heads, a window of 32 residues; 5 atoms per
 residue as its featuriser makes them, and 14. Candidates:
-  blocked: `network.pallatom_atom_transformers` with a plan made before, p_skip in
-    factors and no p as output.
+  blocked: `network.pallatom` with a plan made before, p_skip in factors and no
+    p as output.
   published: the published formulation as a plain port: gathered keys and pairs.
   torch: the same in PyTorch where that is installed; it also builds its index
     in each call, as published. The baseline, else 'published' is. As many
@@ -298,15 +298,7 @@ def function(mode: Mode, case: Case, name: str) -> Callable[..., Any]:
 
 def expected(mode: Mode, case: Case, args: Sequence[Any]) -> Any:
   """The result of 'published' in float64, of the float32 arguments."""
-  with jax.enable_x64(True):
-    wide = jax.tree.map(
-      lambda x: (
-        np.asarray(x, np.float64) if x.dtype == np.float32 else np.asarray(x)
-      ),
-      tuple(args),
-    )
-    found = jax.jit(function(mode, case, 'published'))(*wide)
-    return jax.tree.map(np.asarray, found)
+  return harness.in_float64(function(mode, case, 'published'), args)
 
 
 def _blocked(

@@ -198,26 +198,12 @@ def diffusion_conditioning_parameters(
     **pm.nest(pairwise, 'pairwise_conditioner/'),
     **pm.nest(atom_encoder_parameters(config), 'atom_encoder/'),
   }
-  for name, depth, heads, channels in (
-    (
-      'atom_enc_proj_z',
-      config.atom_encoder_depth,
-      config.atom_encoder_heads,
-      config.atom_z,
-    ),
-    (
-      'atom_dec_proj_z',
-      config.atom_decoder_depth,
-      config.atom_decoder_heads,
-      config.atom_z,
-    ),
-    (
-      'token_trans_proj_z',
-      config.token_transformer_depth,
-      config.token_transformer_heads,
-      config.token_z,
-    ),
+  for name, part, channels in (
+    ('atom_enc_proj_z', 'atom_encoder', config.atom_z),
+    ('atom_dec_proj_z', 'atom_decoder', config.atom_z),
+    ('token_trans_proj_z', 'token_transformer', config.token_z),
   ):
-    for i in range(depth):
+    heads = getattr(config, f'{part}_heads')
+    for i in range(getattr(config, f'{part}_depth')):
       table |= bt.pair_bias_parameters(channels, heads, f'{name}_{i}')
   return table

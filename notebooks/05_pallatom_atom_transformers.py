@@ -299,7 +299,7 @@ assert counts == [1, 5, 31 * 5]
 # ## 5. Memory
 #
 # Bytes of temporaries of the compiled encoder, at the channels of the published
-# main trunk and 5 atoms per residue. *dense* is the published form; it grows by
+# main trunk and 5 atoms per residue. *published* is upstream's form; it grows by
 # what tensors over atoms and neighbours take. *blocked* keeps one block of them.
 
 # %%

@@ -66,7 +66,7 @@ from structattn_jax.components import haiku_modules as hm
 from structattn_jax.components import parameters as pm
 from structattn_jax.components.parameters import Params
 from structattn_jax.network.boltz import features as bf
-from structattn_jax.network.boltz import pair_bias as kernel
+from structattn_jax.network.boltz import pair_bias
 from structattn_jax.network.boltz import parameters as bp
 from structattn_jax.network.boltz import transformers as bt
 from structattn_jax.network.boltz.features import (
@@ -411,8 +411,8 @@ def _biases(
   if chosen is None:
     chosen = 'blocked' if jax.default_backend() == 'cpu' else 'published'
   compute = {
-    'blocked': kernel.blocked_biases,
-    'published': jax.checkpoint(kernel.published_biases, static_argnums=0),
+    'blocked': pair_bias.blocked_biases,
+    'published': jax.checkpoint(pair_bias.published_biases, static_argnums=0),
   }[chosen]
   return compute(
     _sizes(config, tuple(heads)),
@@ -422,8 +422,8 @@ def _biases(
   )
 
 
-def _sizes(config: Config, heads: tuple[int, ...] = ()) -> kernel.Sizes:
-  return kernel.Sizes(
+def _sizes(config: Config, heads: tuple[int, ...] = ()) -> pair_bias.Sizes:
+  return pair_bias.Sizes(
     config.atoms_per_window_queries,
     config.atoms_per_window_keys,
     heads,
@@ -431,7 +431,7 @@ def _sizes(config: Config, heads: tuple[int, ...] = ()) -> kernel.Sizes:
   )
 
 
-def _pair_weights(params: Params) -> kernel.Weights:
+def _pair_weights(params: Params) -> pair_bias.Weights:
   """All but the projections to biases."""
   geometry = [
     params[f'embed_atompair_{x}']['weights']
@@ -439,14 +439,14 @@ def _pair_weights(params: Params) -> kernel.Weights:
   ]
   mlp = tuple(params[f'p_mlp_{i}']['weights'] for i in (1, 3, 5))
   nothing = jnp.zeros((len(mlp[0]), 0), mlp[0].dtype)
-  return kernel.Weights(jnp.concatenate(geometry), mlp, nothing, nothing[0])
+  return pair_bias.Weights(jnp.concatenate(geometry), mlp, nothing, nothing[0])
 
 
 def _pair_atoms(
   params: Params, features: BoltzAtomFeatures, c: jax.Array
-) -> kernel.Atoms:
+) -> pair_bias.Atoms:
   hidden = numerics.at_least_float32(jax.nn.relu(c))
-  return kernel.Atoms(
+  return pair_bias.Atoms(
     functional.linear(params, 'c_to_p_trans_q_1', hidden),
     functional.linear(params, 'c_to_p_trans_k_1', hidden),
     numerics.at_least_float32(features.ref_pos),
@@ -457,11 +457,11 @@ def _pair_atoms(
 
 def _pair_tokens(
   params: Params, features: BoltzAtomFeatures, pair: jax.Array | None
-) -> kernel.Tokens | None:
+) -> pair_bias.Tokens | None:
   if pair is None:
     return None
   norm, weights = params['z_to_p_trans_0'], params['z_to_p_trans_1']['weights']
-  return kernel.Tokens(
+  return pair_bias.Tokens(
     numerics.at_least_float32(pair),
     norm['scale'][:, None] * weights,
     norm['offset'] @ weights,
@@ -477,7 +477,7 @@ def atom_pair(
   pair: jax.Array | None,
 ) -> jax.Array:
   """Alg. 5, lines 2-6, 10, 13, 14: p, [n_window, n_query, n_key, atom_z]."""
-  return kernel.pair_act(
+  return pair_bias.pair_act(
     _sizes(config),
     _pair_weights(params),
     _pair_atoms(params, features, c),

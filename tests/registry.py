@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from structattn_jax.components import parameters as pm
 from structattn_jax.network import pallatom
 from structattn_jax.network.alphafold2 import invariant_point_attention as ipa
 from structattn_jax.network.alphafold3 import atom_cross_attention as af3

@@ -373,7 +373,7 @@ def _torch(
   fn = {'encoder': published.encoder, 'decoder': published.decoder}[kind]
 
   def forward() -> tuple[Any, ...]:
-    pairs = published.torch_pairs(torch, tok, pallatom.WINDOW_SIZE)
+    pairs = published.torch_pairs(torch, tok, neighbour_plan.WINDOW_SIZE)
     return fn(library, state, arrays, tok, pairs, _BLOCKS[kind], 4)
 
   if mode.endswith(', forward'):
@@ -417,7 +417,7 @@ def index_candidates(
     return pallatom.build_sparse_pairs(tok, max_neighbours=needed)
 
   def compared(tok: jax.Array) -> Any:
-    near = jnp.abs(tok[:, None] - tok) < pallatom.WINDOW_SIZE // 2
+    near = jnp.abs(tok[:, None] - tok) < neighbour_plan.WINDOW_SIZE // 2
     ordered = jnp.where(near, jnp.arange(len(tok)), len(tok))
     ordered = jnp.sort(ordered, 1)[:, :needed]
     valid = ordered < len(tok)
@@ -435,7 +435,7 @@ def index_candidates(
     torch: Any = importlib.import_module('torch')
     found['torch'] = host(
       lambda tok: published.torch_pairs(
-        torch, torch.from_numpy(tok).long(), pallatom.WINDOW_SIZE
+        torch, torch.from_numpy(tok).long(), neighbour_plan.WINDOW_SIZE
       )
     )
   return found

@@ -18,7 +18,6 @@ from structattn_jax.network.pallatom.atom_transformers import (
   transform_atom_feature_encoder,
 )
 from structattn_jax.network.pallatom.neighbour_plan import (
-  WINDOW_SIZE,
   NeighbourPlan,
   PlanSizes,
   build_sparse_pairs,
@@ -28,7 +27,6 @@ from structattn_jax.network.pallatom.neighbour_plan import (
 from structattn_jax.network.pallatom.residue_windows import PairSkip
 
 __all__ = [
-  'WINDOW_SIZE',
   'AtomAttentionDecoder',
   'AtomAttentionDecoderConfig',
   'AtomAttentionDecoderOutput',

@@ -511,6 +511,7 @@ def transform_atom_feature_encoder(
 ) -> hk.Transformed:
   """Pure functions of the encoder.
 
+    >>> from structattn_jax.network.pallatom import plan_neighbours
     >>> config = AtomFeatureEncoderConfig(c_atom=8, c_pair=4, c_out=6)
     >>> init, apply = transform_atom_feature_encoder(config)
     >>> tok_idx = np.repeat(np.arange(6), 5)
@@ -548,6 +549,7 @@ def transform_atom_attention_decoder(
 ) -> hk.Transformed:
   """Pure functions of the decoder.
 
+    >>> from structattn_jax.network.pallatom import build_sparse_pairs
     >>> init, apply = transform_atom_attention_decoder()
     >>> tok_idx = np.repeat(np.arange(6), 5)
     >>> neighbours, valid = build_sparse_pairs(tok_idx)

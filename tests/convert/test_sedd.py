@@ -68,7 +68,7 @@ def assert_scores(got: Any, want: np.ndarray) -> None:
 
 
 def single_scores(
-  config: network.SeddConfig, params: Any, inputs: Any
+  config: single_track.SeddConfig, params: Any, inputs: Any
 ) -> jax.Array:
   apply = single_track.transform_sedd(config).apply
 

@@ -152,6 +152,9 @@ def diffusion_loss(
     )
   denoised = numerics.at_least_float32(denoised)
   true = _per_sample('true', true, denoised)
+  unmoved = true
+  if true_unmoved is not None:
+    unmoved = _per_sample('true_unmoved', true_unmoved, denoised)
   weights = alignment_weights(is_nucleotide, is_ligand, config=config)
   target = jax.vmap(
     lambda x, y: alignment.weighted_rigid_align(x, y, weights, mask)
@@ -168,7 +171,7 @@ def diffusion_loss(
   if config.smooth_lddt_weight and dims['n_atom']:
     smooth = smooth_lddt_loss(
       denoised,
-      true if true_unmoved is None else true_unmoved,
+      unmoved,
       mask,
       is_nucleotide,
       version=config.version,
@@ -256,7 +259,8 @@ def weighted_mse(
   checks.check_dtypes('bool', mask=mask)
   _check_version(version)
   denoised, target = map(numerics.at_least_float32, (denoised, target))
-  weights = jnp.where(mask, weights, 0)
+  # 1e-5 beside a sum of weights is lost in float32.
+  weights = jnp.where(mask, weights, 0).astype(denoised.dtype)
   difference = jnp.where(mask[:, None], denoised - target, 0)
   squares = jnp.sum(weights * jnp.sum(jnp.square(difference), -1))
   if version == 'alphafold3':

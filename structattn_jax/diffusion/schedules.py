@@ -167,4 +167,4 @@ def draw_use_conditioning(
     raise ValueError(
       f'probability: expected a number in [0, 1], got {probability}'
     )
-  return jax.random.bernoulli(key, probability, tuple(shape))
+  return jax.random.bernoulli(key, float(probability), tuple(shape))

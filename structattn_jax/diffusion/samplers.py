@@ -29,6 +29,7 @@ all configs; Boltz' draws come from PyTorch and are replayed as `SamplerDraws`.
 import dataclasses
 import functools
 import math
+import operator
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -231,11 +232,13 @@ def sample(
   activations of one. 'two_level' keeps those of about 2 sqrt(steps) steps and
   computes everything twice instead.
 
+  Give `denoise` (and `hook`) as `jax.tree_util.Partial(function, params, ...)`
+  with arrays alone as arguments, and what was compiled is kept for later calls.
+  Other callables are compiled in each call, with the parameters that they hold
+  as constants, unless `sample` is called inside of a function under `jax.jit`.
+
   With `progress`, steps run in equal chunks from the host, outside of `jax.jit`
-  and `jax.grad`, with one compiled function for all chunks. Give `denoise` as
-  `jax.tree_util.Partial(function, params, ...)` with arrays alone as arguments
-  and it is also kept for later calls; parameters in a closure would be
-  constants of the compiled program.
+  and `jax.grad`, with one compiled function for all chunks.
 
   Args:
     denoise: called once per step for all samples: positions
@@ -249,6 +252,8 @@ def sample(
     hook: called with (state, denoised, x_noisy, sigma, step) after each call of
       the denoiser, returns the next state and the denoised positions to go on
       with. Here steering acts. The structure of the state must not change.
+      Positions in the state stay where they were, while the next step turns and
+      shifts the samples.
     hook_state: pytree of arrays, the hook's first state.
     return_trajectory: whether to return what each step saw.
     checkpointing: 'step' or 'two_level', see above.
@@ -279,17 +284,18 @@ def sample(
   dtype = carry[0].dtype
   numbers = [np.asarray(x).astype(dtype) for x in sampler_steps(config)]
   steps = (np.arange(config.steps, dtype=np.int32), *numbers, moves)
-  static = {
-    'config': config,
-    'checkpointing': checkpointing,
-    'return_trajectory': return_trajectory,
-  }
+  run = _runner(
+    denoise,
+    hook,
+    mask,
+    config=config,
+    checkpointing=checkpointing,
+    return_trajectory=return_trajectory,
+  )
   if progress is None:
-    carry, seen = _advance(denoise, hook, mask, carry, steps, **static)
+    carry, seen = run(carry, steps)
   else:
-    carry, seen = _advance_with_progress(
-      denoise, hook, mask, carry, steps, static, progress, progress_every
-    )
+    carry, seen = _run_in_chunks(run, carry, steps, progress, progress_every)
   positions, _, hook_state = carry
   trajectory = None
   if return_trajectory:
@@ -412,37 +418,39 @@ _advance_compiled = jax.jit(
 )
 
 
-def _advance_with_progress(
-  denoise: Denoise,
-  hook: Hook | None,
-  mask: jax.Array,
+def _runner(
+  denoise: Denoise, hook: Hook | None, mask: jax.Array, **static: Any
+) -> Callable[[Any, Any], tuple[Any, Any]]:
+  """`_advance`, compiled, as a function of the carry and some steps."""
+  partial = jax.tree_util.Partial
+  if all(isinstance(x, partial) or x is None for x in (denoise, hook)):
+    return functools.partial(_advance_compiled, denoise, hook, mask, **static)
+  # A function of its own: what a closure holds may have changed since the last
+  # call, so nothing may be kept for the next one.
+  return jax.jit(functools.partial(_advance, denoise, hook, mask, **static))
+
+
+def _run_in_chunks(
+  run: Callable[[Any, Any], tuple[Any, Any]],
   carry: Any,
   steps: Any,
-  static: dict[str, Any],
   progress: Callable[[int, int], None],
   progress_every: int,
 ) -> tuple[Any, Any]:
   """All steps, some at a time, from the host."""
-  partial = jax.tree_util.Partial
-  if all(isinstance(x, partial) or x is None for x in (denoise, hook)):
-    run = functools.partial(_advance_compiled, denoise, hook, mask, **static)
-  else:
-    # A function of its own: what a closure holds may have changed since the
-    # last call, so nothing may be kept for the next one.
-    run = jax.jit(functools.partial(_advance, denoise, hook, mask, **static))
   count = steps[0].shape[0]
   chunk = _divisor(count, progress_every)
   found = []
-  for start in range(0, count, chunk):
-    own = jax.tree.map(lambda x: x[start : start + chunk], steps)  # noqa: B023
-    carry, seen = run(carry, own)
+  for i in range(count // chunk):
+    own = slice(i * chunk, (i + 1) * chunk)
+    carry, seen = run(carry, jax.tree.map(operator.itemgetter(own), steps))
     if not checks.is_concrete(carry[0]):
       raise ValueError(
         'progress: expected to run outside of jax.jit, jax.vmap and jax.grad'
       )
     jax.block_until_ready(carry)
     found.append(seen)
-    progress(start + chunk, count)
+    progress((i + 1) * chunk, count)
   return carry, jax.tree.map(lambda *x: jnp.concatenate(x), *found)
 
 

@@ -267,15 +267,11 @@ def test_garbage_in_padding_changes_no_real_atom_of_alphafold3():
 def test_without_atoms_or_with_one_all_is_finite(name, kept):
   mask = np.arange(4) < kept
   config = with_steps(name, 3)
-  target = target_of(mask)
+  target, draws = target_of(mask), random_draws(config, mask)
 
   def total(target):
     out = diffusion.sample(
-      functools.partial(toy, target),
-      mask,
-      config,
-      num_samples=2,
-      key=jax.random.key(0),
+      functools.partial(toy, target), mask, config, draws=draws
     )
     return jnp.sum(out.positions**2)
 
@@ -463,7 +459,7 @@ def test_gradient_equals_finite_differences(name, checkpointing):
 
 def temporary_bytes(steps, checkpointing, n_atom=64, hidden=256):
   mask = np.ones(n_atom, bool)
-  config = with_steps('boltz2', steps)
+  config = with_steps('alphafold3', steps)
 
   def denoise(weights, positions, sigma):
     x = jnp.tanh(positions @ weights[0] / (1 + sigma))
@@ -471,21 +467,27 @@ def temporary_bytes(steps, checkpointing, n_atom=64, hidden=256):
       x = jnp.tanh(x @ weights[1])
     return x @ weights[2]
 
-  def loss(weights, key):
+  def loss(weights, draws):
     out = diffusion.sample(
       functools.partial(denoise, weights),
       mask,
       config,
-      num_samples=2,
-      key=key,
+      draws=draws,
       checkpointing=checkpointing,
     )
     return jnp.sum(out.positions**2)
 
-  shapes = ((3, hidden), (hidden, hidden), (hidden, 3))
-  weights = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-  key = jax.eval_shape(lambda: jax.random.key(0))
-  compiled = jax.jit(jax.grad(loss)).lower(weights, key).compile()
+  def shape(*sizes):
+    return jax.ShapeDtypeStruct(sizes, jnp.float32)
+
+  weights = shape(3, hidden), shape(hidden, hidden), shape(hidden, 3)
+  draws = diffusion.SamplerDraws(
+    start=shape(2, n_atom, 3),
+    rotation=shape(steps, 2, 3, 3),
+    translation=shape(steps, 2, 3),
+    noise=shape(steps, 2, n_atom, 3),
+  )
+  compiled = jax.jit(jax.grad(loss)).lower(weights, draws).compile()
   return compiled.memory_analysis().temp_size_in_bytes
 
 
@@ -495,9 +497,10 @@ def test_memory_of_the_gradient_does_not_grow_with_the_steps(checkpointing):
   positions = 2 * 64 * 3 * 4
   # Activations of one step, not of 64.
   assert few > 4 * 2 * 64 * 256 * 4
-  # Positions (and 16 bytes of keys) of 56 steps more, or of 8 + 8 - (4 + 2).
-  kept = 56 if checkpointing == 'step' else 10
-  assert many - few <= 1.1 * kept * (positions + 16) + 4096
+  # Positions of 56 steps more, or of 8 + 8 instead of 4 + 2, and with them the
+  # noise of 8 steps instead of 2.
+  kept = 56 if checkpointing == 'step' else 10 + 6
+  assert many - few <= 1.1 * kept * positions + 4096
   assert many < 1.2 * few
 
 

@@ -188,7 +188,7 @@ def sampler_steps(config: SamplerConfig) -> Steps:
   """Lines 4 to 6 and the factors of 9 to 11 for all steps, on the host.
 
   >>> sampler_steps(SamplerConfig(steps=2)).sigma.round(3)
-  array([4608.   ,   51.474])
+  array([4608.   ,   55.975])
   """
   levels = schedules.noise_levels(config.schedule, config.steps)
   before, after = levels[:-1], levels[1:]

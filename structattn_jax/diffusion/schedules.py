@@ -91,9 +91,9 @@ def noise_levels(config: ScheduleConfig, steps: int) -> np.ndarray:
   """Levels that `steps` steps pass, from the start to the end.
 
     >>> print(noise_levels(ScheduleConfig(), 3).round(3))
-    [2.560e+03 2.081e+02 4.132e+00 6.000e-03]
+    [2.5600e+03 2.5544e+02 8.0340e+00 6.0000e-03]
     >>> print(noise_levels(ScheduleConfig(last='zero'), 3).round(3))
-    [2.56e+03 3.97e+01 6.00e-03 0.00e+00]
+    [2.5600e+03 5.5975e+01 6.0000e-03 0.0000e+00]
 
   Args:
     config: the schedule.

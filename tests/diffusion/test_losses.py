@@ -64,6 +64,7 @@ def test_losses_of_boltz_are_those_recorded(case, version, dtype):
   config = diffusion.LossConfig(version=version, row_block=32)
   with jax.enable_x64(dtype == 'float64'):
     got = jax.jit(functools.partial(loss_of, config))(inputs)
+    got = jax.tree.map(np.asarray, got)
   bound = 1e-12 if dtype == 'float64' else 1e-6
   for name, value in (
     ('loss', got.total),
@@ -82,6 +83,7 @@ def test_losses_equal_the_oracle(version, row_block):
   config = diffusion.LossConfig(version=version, row_block=row_block)
   with jax.enable_x64(True):
     got = jax.jit(functools.partial(loss_of, config))(inputs)
+    got = jax.tree.map(np.asarray, got)
   weights = 1 + 5.0 * inputs['is_nucleotide'] + 10.0 * inputs['is_ligand']
   mse = np.mean(
     [
@@ -112,7 +114,8 @@ def test_quirk_of_boltz1_shows_when_the_truth_differs_between_samples():
   found = {}
   for version in VERSIONS:
     with jax.enable_x64(True):
-      found[version] = diffusion.smooth_lddt_loss(*arguments, version=version)
+      loss = diffusion.smooth_lddt_loss(*arguments, version=version)
+    found[version] = float(loss)
     want = reference.smooth_lddt(*arguments, version)
     np.testing.assert_allclose(found[version], want, rtol=1e-12)
   assert abs(found['boltz1'] - found['alphafold3']) > 1e-3
@@ -289,6 +292,7 @@ def test_gradient_equals_finite_differences(version):
       jax.grad(lambda x: loss_of(config, inputs, denoised=x).total)
     )(x)
   gradient = np.asarray(gradient)
+  found = float(found)
   assert abs(found - np.sum(gradient * along)) < 1e-7 * (1 + abs(found))
 
 

@@ -286,7 +286,7 @@ def generate(
   )(
     model.params,
     bound_key,
-    discrete_diffusion.ProteinLigand(**complexes),
+    sedd_dual_track.ProteinLigand(**complexes),
     fixed,
   )
   return Samples(

@@ -23,8 +23,8 @@ import numpy as np
 from structattn_jax import checkpoint
 from structattn_jax.checkpoint import CheckpointError
 from structattn_jax.convert import record_file
-from structattn_jax.network.alphafold3 import cached_atom_attention as aca
-from structattn_jax.network.alphafold3 import diffusion_transformer as dt
+from structattn_jax.network.alphafold3 import atom_cross_attention as published
+from structattn_jax.network.alphafold3 import transformer_parameters as tp
 
 Copy = Literal['diffusion', 'evoformer_conditioning']
 
@@ -143,7 +143,7 @@ def load_atom_cross_att(
   *,
   scope: str | None = None,
   model: str | None = None,
-) -> tuple[aca.AtomCrossAttConfig, hk.Params]:
+) -> tuple[published.AtomCrossAttConfig, hk.Params]:
   """Reads one copy of the atom encoder, with its decoder if it has one.
 
   Args:
@@ -154,7 +154,7 @@ def load_atom_cross_att(
 
   Returns:
     The configuration, and parameters as float32 NumPy arrays for the functions
-    of `network.atom_cross_attention` with `name=copy`.
+    of `network.alphafold3` with `prefix=copy`.
 
   Raises:
     CheckpointError: if files are missing or damaged; or if entries are
@@ -170,7 +170,7 @@ def load_atom_cross_att(
   )
   encoder = _cross_att_config(sizes, '')
   decoder = _cross_att_config(sizes, "'") if copy == 'diffusion' else encoder
-  config = aca.AtomCrossAttConfig(
+  config = published.AtomCrossAttConfig(
     per_token_channels=sizes['D'],
     per_atom_channels=sizes['C'],
     per_atom_pair_channels=sizes['P'],
@@ -185,7 +185,7 @@ def load_transformer(
   *,
   scope: str = TRANSFORMER_SCOPE,
   model: str | None = None,
-) -> tuple[dt.TransformerConfig, hk.Params]:
+) -> tuple[tp.TransformerConfig, hk.Params]:
   """Reads the token transformer of the diffusion head.
 
   Args:
@@ -195,7 +195,7 @@ def load_transformer(
 
   Returns:
     The configuration, and parameters as float32 NumPy arrays for
-    `network.diffusion_transformer.transformer`.
+    `network.alphafold3.diffusion_transformer.transformer`.
 
   Raises:
     CheckpointError: as `load_atom_cross_att`.
@@ -203,8 +203,8 @@ def load_transformer(
   """
   outer = f'{scope.strip("/")}/'
   params, sizes = _load(path, model, outer, outer, transformer_table())
-  config = dt.TransformerConfig(
-    attention=dt.SelfAttentionConfig(
+  config = tp.TransformerConfig(
+    attention=tp.SelfAttentionConfig(
       num_head=sizes['H'],
       key_dim=sizes['H'] * sizes['K'],
       value_dim=sizes['H'] * sizes['V'],
@@ -255,12 +255,12 @@ def save_params(
 
 def _cross_att_config(
   sizes: Mapping[str, int], own: str
-) -> dt.CrossAttTransformerConfig:
+) -> tp.CrossAttTransformerConfig:
   blocks, head, key, value, factor = (sizes[x + own] for x in 'LHKVF')
-  return dt.CrossAttTransformerConfig(
+  return tp.CrossAttTransformerConfig(
     num_intermediate_factor=factor,
     num_blocks=blocks,
-    attention=dt.CrossAttentionConfig(
+    attention=tp.CrossAttentionConfig(
       num_head=head, key_dim=head * key, value_dim=head * value
     ),
   )

@@ -1,6 +1,6 @@
 """SEDD checkpoints: the single track, and the protein-ligand dual track.
 
-Reads what these programs write (`network/sedd_dual_track.py` names them):
+Reads what these programs write (`network/sedd/blocks.py` names them):
 
   SEDD               {model, ema, optimizer, step} by `torch.save`
   Hugging Face       model.safetensors or pytorch_model.bin, with config.json
@@ -30,7 +30,7 @@ from structattn_jax import checkpoint
 from structattn_jax.checkpoint import CheckpointError
 from structattn_jax.convert import state_dicts
 from structattn_jax.convert.state_dicts import Table, Weights
-from structattn_jax.network.sedd import dual_track as sedd_dual_track
+from structattn_jax.network.sedd import blocks, dual_track, single_track
 
 # Upstream has them and never uses them: a norm, and a second projection around
 # attention that the repaired network does not have.
@@ -54,7 +54,7 @@ def load_sedd(
   *,
   weights: Weights | None = None,
   num_head: int | None = None,
-) -> tuple[sedd_dual_track.SeddConfig, hk.Params]:
+) -> tuple[single_track.SeddConfig, hk.Params]:
   """Reads a single-track SEDD, the original or the one of sedd-v100xlian.
 
     >>> config, params = load_sedd('model.safetensors')  # doctest: +SKIP
@@ -77,7 +77,7 @@ def load_sedd(
     ImportError: if safetensors is needed and not installed.
   """
   loaded = read_sedd(path, weights=weights, num_head=num_head)
-  return cast(sedd_dual_track.SeddConfig, loaded.config), loaded.params
+  return cast(single_track.SeddConfig, loaded.config), loaded.params
 
 
 def load_sedd_dual_track(
@@ -85,7 +85,7 @@ def load_sedd_dual_track(
   *,
   weights: Weights | None = None,
   num_head: int | None = None,
-) -> tuple[sedd_dual_track.DualTrackConfig, hk.Params]:
+) -> tuple[dual_track.DualTrackConfig, hk.Params]:
   """Reads the dual track of protein_lig_sedd.
 
   Args:
@@ -105,7 +105,7 @@ def load_sedd_dual_track(
     DeadParametersWarning: naming the parameters that upstream never uses.
   """
   loaded = read_dual_track(path, weights=weights, num_head=num_head)
-  return cast(sedd_dual_track.DualTrackConfig, loaded.config), loaded.params
+  return cast(dual_track.DualTrackConfig, loaded.config), loaded.params
 
 
 def read_sedd(
@@ -129,7 +129,7 @@ def read_sedd(
   sizes, params = state_dicts.convert(path, variant, state, table)
   return _loaded(
     path,
-    sedd_dual_track.SeddConfig,
+    single_track.SeddConfig,
     {'variant': variant, 'vocab': sizes['vocab'], 'num_block': blocks},
     (sizes, heads, source.settings),
     params,
@@ -174,7 +174,7 @@ def read_dual_track(
   )
   return _loaded(
     path,
-    sedd_dual_track.DualTrackConfig,
+    dual_track.DualTrackConfig,
     {
       'num_block': blocks,
       'protein_vocab': sizes['protein_vocab'],
@@ -357,7 +357,7 @@ def _single_table(num_block: int, *, v100: bool) -> Table:
   mlp = ('fc1', 'fc2') if v100 else ('0', '2')
   for i in range(num_block):
     block = f'blocks.{i}'
-    ours = f'sedd/{sedd_dual_track.LAYER_STACK}/blocks'
+    ours = f'sedd/{blocks.LAYER_STACK}/blocks'
     for name in ('norm1', 'norm2'):
       table |= norm(
         f'{block}.{name}', f'{ours}/{name}', 'c', offset=False, layer=i
@@ -398,7 +398,7 @@ def _dual_table(num_block: int) -> Table:
     table |= norm(f'{name}_embed.norm', f'{name}_embed/norm', 'c')
     for i in range(num_block):
       block = f'blocks_{track}.{i}'
-      ours = f'dual_track/{sedd_dual_track.LAYER_STACK}/blocks_{track}'
+      ours = f'dual_track/{blocks.LAYER_STACK}/blocks_{track}'
       for local in (
         'norm1',
         'norm2',

@@ -155,7 +155,7 @@ def test_command_quick_prints_tables_and_writes_json(
 def test_atom_cross_attention_cached_step_matches_published_float64(kind):
   args = atom_cross_attention.inputs('cached step', kind, 32)
   want = atom_cross_attention.expected('cached step', args)
-  run = atom_cross_attention.function('cached step', 'lean')
+  run = atom_cross_attention.function('cached step', 'blocked')
   assert harness.max_relative_error(jax.jit(run)(*args), want) < 3e-6
 
 

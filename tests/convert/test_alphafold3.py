@@ -19,8 +19,8 @@ from structattn_jax import checkpoint, cli, convert
 from structattn_jax.components import parameters as pm
 from structattn_jax.convert import alphafold3, record_file
 from structattn_jax.convert.record_file import Record
-from structattn_jax.network.alphafold3 import cached_atom_attention as aca
-from structattn_jax.network.alphafold3 import diffusion_transformer as dt
+from structattn_jax.network.alphafold3 import atom_cross_attention as af3
+from structattn_jax.network.alphafold3 import transformer_parameters as tp
 from structattn_jax.verification import verify
 
 GOLDENS = pathlib.Path(__file__).parents[1] / 'goldens/af3_atom_cross_attention'
@@ -482,7 +482,7 @@ def test_problems_are_listed_all_and_alone(tmp_path, sample):
 def test_parameters_are_those_of_our_module(copy):
   config, params = convert.load_atom_cross_att(SINGLE, copy)
   has_trunk = copy == 'diffusion'
-  table = aca.atom_cross_att_parameters(
+  table = af3.atom_cross_att_parameters(
     config,
     copy,
     positions=has_trunk,
@@ -533,13 +533,13 @@ def test_saved_parameters_load_again(copy, tmp_path):
 
 
 def test_token_transformer_round_trip(tmp_path):
-  config = dt.TransformerConfig(
-    attention=dt.SelfAttentionConfig(num_head=2, key_dim=8, value_dim=4),
+  config = tp.TransformerConfig(
+    attention=tp.SelfAttentionConfig(num_head=2, key_dim=8, value_dim=4),
     num_blocks=6,
     super_block_size=3,
     num_intermediate_factor=2,
   )
-  table = dt.transformer_parameters(config, 12, 10, 6)
+  table = tp.transformer_parameters(config, 12, 10, 6)
   params = pm.init_parameters(table, jax.random.key(0))
   params = jax.tree.map(np.asarray, params)
   path = tmp_path / 'x.bin'

@@ -1,31 +1,45 @@
 """AlphaFold 3: atom cross attention, transformers, layouts and windows."""
 
-from structattn_jax.network.alphafold3.atom_layout import (
-  AtomCrossAtt,
-  DenseBatch,
-  RefStructure,
-  WindowPlan,
-  build_window_plan,
-)
-from structattn_jax.network.alphafold3.cached_atom_attention import (
-  AtomConditioning,
+from structattn_jax.network.alphafold3.atom_cross_attention import (
   AtomCrossAttConfig,
   AtomCrossAttEncoderOutput,
-  AtomCrossAttHead,
-  AtomCrossAttHeadOutput,
-  AtomEncoding,
   atom_cross_att_decoder,
   atom_cross_att_encoder,
   atom_cross_att_parameters,
+)
+from structattn_jax.network.alphafold3.atom_layout import (
+  AtomCrossAtt,
+  DenseBatch,
+)
+from structattn_jax.network.alphafold3.cached_atom_attention import (
+  AtomConditioning,
+  AtomCrossAttHead,
+  AtomCrossAttHeadOutput,
+  AtomEncoding,
+  CachedAtomCrossAtt,
+  atom_cross_att,
+  cached_atom_cross_att,
   transform_atom_cross_att,
 )
+from structattn_jax.network.alphafold3.dense_atom_attention import (
+  DenseAtomCrossAtt,
+  dense_atom_cross_att,
+)
 from structattn_jax.network.alphafold3.diffusion_transformer import (
-  CrossAttentionConfig,
   CrossAttTransformer,
+  Transformer,
+  transform_transformer,
+)
+from structattn_jax.network.alphafold3.transformer_parameters import (
+  CrossAttentionConfig,
   CrossAttTransformerConfig,
   SelfAttentionConfig,
-  Transformer,
   TransformerConfig,
+)
+from structattn_jax.network.alphafold3.window_plan import (
+  RefStructure,
+  WindowPlan,
+  build_window_plan,
 )
 
 __all__ = [
@@ -36,18 +50,24 @@ __all__ = [
   'AtomCrossAttHead',
   'AtomCrossAttHeadOutput',
   'AtomEncoding',
+  'CachedAtomCrossAtt',
   'CrossAttTransformer',
   'CrossAttTransformerConfig',
   'CrossAttentionConfig',
+  'DenseAtomCrossAtt',
   'DenseBatch',
   'RefStructure',
   'SelfAttentionConfig',
   'Transformer',
   'TransformerConfig',
   'WindowPlan',
+  'atom_cross_att',
   'atom_cross_att_decoder',
   'atom_cross_att_encoder',
   'atom_cross_att_parameters',
   'build_window_plan',
+  'cached_atom_cross_att',
+  'dense_atom_cross_att',
   'transform_atom_cross_att',
+  'transform_transformer',
 ]

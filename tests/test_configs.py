@@ -50,6 +50,23 @@ AF3_ATOM_SIZES = {
     'attention': {'num_head': 4, 'key_dim': 128, 'value_dim': 128},
   },
 }
+SAMPLER = {
+  'steps': 200,
+  'gamma_0': 0.8,
+  'gamma_min': 1.0,
+  'noise_scale': 1.003,
+  'step_scale': 1.5,
+  'alignment': True,
+  'centre': 'padded',
+  'rotation': 'quaternion',
+}
+SCHEDULE = {
+  'sigma_data': 16.0,
+  'sigma_min': 4e-4,
+  'sigma_max': 160.0,
+  'rho': 7.0,
+  'last': 'zero',
+}
 STRUCTURE_SIZES = {
   'num_layer': 8,
   'num_layer_in_transition': 3,
@@ -103,6 +120,31 @@ PRESETS = {
       'num_intermediate_factor': 2,
       'attention': {'num_head': 16},
     },
+  ),
+  'af3_sampler': (
+    sa.diffusion.SamplerConfig,
+    {
+      **SAMPLER,
+      'alignment': False,
+      'centre': 'masked',
+      'rotation': 'gram_schmidt',
+      'schedule': {**SCHEDULE, 'last': 'sigma_min'},
+    },
+  ),
+  'boltz1_sampler': (
+    sa.diffusion.SamplerConfig,
+    {
+      **SAMPLER,
+      'gamma_0': 0.605,
+      'gamma_min': 1.107,
+      'noise_scale': 0.901,
+      'step_scale': 1.638,
+      'schedule': {**SCHEDULE, 'rho': 8.0},
+    },
+  ),
+  'boltz2_sampler': (
+    sa.diffusion.SamplerConfig,
+    {**SAMPLER, 'schedule': {**SCHEDULE, 'sigma_min': 1e-4}},
   ),
   'seed_af3_atom_cross_attention': (
     sa.seeds.TokenAtomAttentionConfig,

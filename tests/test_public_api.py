@@ -28,6 +28,7 @@ NAMESPACES = (
   structattn_jax.alphafold2,
   structattn_jax.alphafold3,
   structattn_jax.boltz,
+  structattn_jax.diffusion,
   structattn_jax.pallatom,
   structattn_jax.sedd,
   structattn_jax.seeds,

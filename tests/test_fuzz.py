@@ -186,6 +186,8 @@ FORMATS = {
   'tsv': Format(table('pairs.tsv'), data.read_pairs),
   'parquet': Format(table('pairs.parquet'), data.read_pairs),
   'pdb': Format(copy_of(STRUCTURES / 'aladip.pdb'), data.load_structure),
+  'cif': Format(copy_of(STRUCTURES / 'small.cif'), data.load_structure),
+  'cif gz': Format(compressed(STRUCTURES / 'small.cif'), data.load_structure),
   'bcif': Format(copy_of(STRUCTURES / 'small.bcif'), data.load_structure),
   'bcif gz': Format(compressed(STRUCTURES / 'small.bcif'), data.load_structure),
   'sdf': Format(copy_of(LIGAND), with_ligand),

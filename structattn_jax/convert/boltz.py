@@ -107,7 +107,7 @@ def load_boltz(
   """Reads one part of a Boltz-1 or Boltz-2 checkpoint.
 
     >>> config, params = load_boltz('boltz1_conf.ckpt')  # doctest: +SKIP
-    >>> model = transform_boltz_atom_attention(config)  # doctest: +SKIP
+    >>> model = cached_atom_attention(config)  # doctest: +SKIP
     >>> context = model.precompute(params, features, s, z)  # doctest: +SKIP
 
   Args:
@@ -122,7 +122,7 @@ def load_boltz(
   Returns:
     The configuration, and parameters as float32 NumPy arrays:
     `Boltz1AtomAttentionConfig` or `Boltz2AtomAttentionConfig` for score_model
-    and input_embedder, to be used with `transform_boltz_atom_attention`;
+    and input_embedder, to be used with `cached_atom_attention`;
     `SingleConditioningConfig`, `PairwiseConditioningConfig` or
     `RelativePositionConfig` for the others.
 

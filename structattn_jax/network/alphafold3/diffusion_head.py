@@ -151,7 +151,9 @@ class DiffusionHeadBatch:
         f'batch: expected the features {", ".join(missing)}, got '
         f'{", ".join(sorted(batch)[:20])}'
       )
-    tokens = {field: np.asarray(batch[x]) for field, x in names.items()}
+    tokens: dict[str, Any] = {
+      field: np.asarray(batch[x]) for field, x in names.items()
+    }
     tokens['mask'] = tokens['mask'].astype(bool)
     dense = atom_layout.DenseBatch.from_batch(batch, **options)
     found = cls(dense, TokenIds(**tokens))
@@ -412,8 +414,8 @@ def combine(
 ) -> jax.Array:
   """Denoised positions of noisy ones and the update (Alg. 20, line 8)."""
   scale = scale_in(noise_level)
-  return SIGMA_DATA * scale * (
-    SIGMA_DATA * scale * positions + noise_level * update
+  return (
+    SIGMA_DATA * scale * (SIGMA_DATA * scale * positions + noise_level * update)
   )
 
 
@@ -514,9 +516,7 @@ def diffusion_head_parameters(
   table['single_cond_embedding_projection'] = pm.linear(
     c_s, c_token, initializer='zeros'
   )
-  transformer = dt.transformer_parameters(
-    config.transformer, c_token, c_s, c_z
-  )
+  transformer = dt.transformer_parameters(config.transformer, c_token, c_s, c_z)
   table |= {f'transformer/{name}': own for name, own in transformer.items()}
   table['output_norm'] = pm.layer_norm(c_token)
   return table
@@ -610,7 +610,9 @@ def _check_tokens(batch: DiffusionHeadBatch) -> None:
   checks.check_dtypes('integer', **ids)
 
 
-def _normalise_and_project(params: Params, name: str, x: jax.Array) -> jax.Array:
+def _normalise_and_project(
+  params: Params, name: str, x: jax.Array
+) -> jax.Array:
   """LayerNorm, then a linear layer without bias."""
   x = functional.layer_norm(params, f'{name}_norm', x)
   return functional.linear(params, f'{name}_projection', x, 'highest')

@@ -357,7 +357,7 @@ def _blocks(params: Params) -> dict[str, Any]:
 def _pair_logits(
   projection: jax.Array, pair: jax.Array, mask: jax.Array
 ) -> jax.Array:
-  """[n_head, n_token, n_token] of one block; large and negative where masked."""
+  """[n_head, n_token, n_token] of one block, -1e9 for masked keys."""
   logits = jnp.einsum('ch,ijc->hij', projection.astype(pair.dtype), pair)
   return jnp.where(mask, logits, dt.MASKED)
 

@@ -7,9 +7,9 @@
 One namespace per system: `alphafold2`, `alphafold3`, `boltz`, `pallatom`,
 `sedd`, and `seeds` for the simplified algorithms of the seed documents. What
 belongs to no system is here: segment operations, geometry, norms, checks.
-`sa.data` (structure files, extra `data`), `sa.discrete_diffusion`,
-`sa.training`, `sa.convert`, `sa.verification` and `sa.reference` (float64
-oracles) are imported when they are first used.
+`sa.data` (structure files, extra `data`), `sa.diffusion`,
+`sa.discrete_diffusion`, `sa.training`, `sa.convert`, `sa.verification` and
+`sa.reference` (float64 oracles) are imported when they are first used.
 """
 
 import importlib
@@ -53,6 +53,7 @@ if TYPE_CHECKING:
   from structattn_jax import (
     convert,
     data,
+    diffusion,
     discrete_diffusion,
     reference,
     training,
@@ -64,6 +65,7 @@ __version__ = '0.1.0'
 _LAZY = (
   'convert',
   'data',
+  'diffusion',
   'discrete_diffusion',
   'reference',
   'training',
@@ -82,6 +84,7 @@ __all__ = [
   'check_shapes',
   'convert',
   'data',
+  'diffusion',
   'discrete_diffusion',
   'geometry',
   'layer_norm',

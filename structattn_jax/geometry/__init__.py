@@ -1,5 +1,6 @@
 """Rotations, quaternions and rigid frames as pure functions of arrays."""
 
+from structattn_jax.geometry.alignment import weighted_rigid_align
 from structattn_jax.geometry.quat_affine import QuatAffine, rigid_from_update
 from structattn_jax.geometry.rigid import Rigid
 from structattn_jax.geometry.rotation import (
@@ -29,4 +30,5 @@ __all__ = [
   'rotation_from_axis_angle',
   'rotation_from_two_vectors',
   'rotation_to_quaternion',
+  'weighted_rigid_align',
 ]

@@ -1,5 +1,6 @@
 """Boltz-1 and Boltz-2: atom attention and what conditions it."""
 
+from structattn_jax.components.preconditioning import noise_time
 from structattn_jax.network.boltz.atom_attention import (
   BoltzAtomAttention,
   BoltzAtomContext,
@@ -12,7 +13,6 @@ from structattn_jax.network.boltz.conditioning import (
   RelativePositionConfig,
   RelativePositionEncoder,
   SingleConditioning,
-  noise_time,
 )
 from structattn_jax.network.boltz.features import (
   Boltz1AtomAttentionConfig,

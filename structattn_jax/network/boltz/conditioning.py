@@ -54,16 +54,6 @@ class RelativePositionConfig(base_config.BaseConfig):
   cyclic: bool = True
 
 
-def noise_time(sigma: jax.Array, sigma_data: float = 16.0) -> jax.Array:
-  """log(sigma / sigma_data) / 4, the time that `FourierEmbedding` takes.
-
-  Args:
-    sigma: noise level in angstrom, any shape.
-    sigma_data: standard deviation of the data in angstrom.
-  """
-  return 0.25 * jnp.log(jnp.maximum(sigma / sigma_data, 1e-20))
-
-
 # Tables of parameters.
 
 

@@ -1,16 +1,19 @@
-# Every target makes the environment it needs in .venv: with uv where it is
-# installed, else with venv and pip. A second call installs nothing.
+# Every target makes the environment it needs in .venv (.venv-3.12 with
+# PYTHON=python3.12, and so on): with uv where it is installed, else with venv
+# and pip. A second call installs nothing.
 PYTHON ?= python3
-VENV ?= .venv
+VENV ?= $(patsubst .venv-python3,.venv,.venv-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 FILE ?=
 WORKERS ?= 2
 UV := $(shell command -v uv 2>/dev/null)
 INSTALL := $(if $(UV),uv pip install --quiet --python $(BIN)/python,\
   $(BIN)/python -m pip install --quiet --disable-pip-version-check)
+# Everything that reads files, and the layers below the networks.
+QUICK := $(wildcard tests/*.py) $(addprefix tests/,common components convert data geometry)
 .DEFAULT_GOAL := help
 
-.PHONY: help run test test-slow lint format bench peers notebooks clean
+.PHONY: help run test test-quick test-slow lint format bench peers notebooks clean
 
 help: ## Show this list.
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -20,6 +23,9 @@ run: $(VENV)/.run ## Run the five systems on a real complex (FILE=my.cif for you
 
 test: $(VENV)/.test ## Run the test suite.
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope
+
+test-quick: $(VENV)/.test ## Run what other releases of Python or a dependency may break.
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadscope $(QUICK)
 
 test-slow: $(VENV)/.test ## Run all tests, slow ones too, compiled as users compile.
 	XLA_FLAGS= $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope -m ''

@@ -141,7 +141,8 @@ print('mean distance of an atom from its token centre:', float(spread.mean()))
 
 # %%
 experiments = demo.experiments(features, smiles)
-reports = list(demo.run(experiments))
+params = demo.init_params(experiments, seed=0)
+reports = list(demo.run(experiments, params))
 print(cli.table(reports))
 
 # %% [markdown]
@@ -157,13 +158,13 @@ print(cli.table(reports))
 # the strands of the beta sheet appear as lines beside the diagonal.
 
 # %%
-figures.ipa_attention(features, experiments)
+figures.ipa_attention(features, experiments, params)
 
 # %% [markdown]
 # Token-atom cross attention: every token attends to its own atoms.
 
 # %%
-figures.cross_attention(features, experiments)
+figures.cross_attention(features, experiments, params)
 
 # %% [markdown]
 # Pallatom's sparse pairs: an atom sees the residues within its window, here
@@ -209,6 +210,6 @@ for path, values in params.items():
 # The pictures of the README.
 folder = pathlib.Path('figures')
 folder.mkdir(exist_ok=True)
-for file in figures.draw_all(features, experiments, folder):
+for file in figures.draw_all(features, experiments, params, folder):
   print(file)
 assert np.isfinite(updates).all()

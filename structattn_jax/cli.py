@@ -2,28 +2,35 @@
 
 structattn run [FILE]             run the five systems on a complex
 structattn convert INPUT OUTPUT   take over published parameters
-structattn info FILE              say what a converted file holds
+structattn info [FILE]            say what a converted file holds, or what is
+                                  installed
 structattn train CONFIG           train the protein-ligand diffusion model
 structattn sample CHECKPOINT      sample proteins and ligands from it
 structattn verify PATH...         replay recorded outputs of published code
 """
 
 import argparse
+import collections
 import dataclasses
 import json
+import os
 import pathlib
+import platform
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib import metadata
 from typing import Any
 
 import jax
 
 from structattn_jax import (
+  __version__,
   checkpoint,
   convert,
   data,
   discrete_diffusion,
+  network,
   training,
 )
 from structattn_jax.apps import demo, generate
@@ -32,9 +39,22 @@ from structattn_jax.verification import verify
 
 # Exit status for input that cannot be used, as argparse gives for bad options.
 _BAD_INPUT = 2
-_CHECK_FAILED = 1
+# An error that is not about the input, as in sysexits.h.
+_INTERNAL = 70
+# Environment variable with which such an error shows its traceback.
+_TRACEBACK = 'STRUCTATTN_TRACEBACK'
 # What a shell reports for a program that SIGTERM ended.
 _STOPPED = 143
+# Extras with their packages, as in pyproject.toml, and what they are for.
+_EXTRAS = {
+  'data': (('biotite', 'gemmi'), 'structure files'),
+  'chem': (('rdkit',), 'SMILES'),
+  'run': (('biotite', 'gemmi', 'rdkit', 'matplotlib'), 'structattn run'),
+  'convert': (('safetensors', 'zstandard'), 'structattn convert'),
+  'train': (('orbax-checkpoint', 'tqdm'), 'structattn train'),
+  'tensorboard': (('tensorboardX',), 'event files of a run'),
+  'parquet': (('pyarrow',), 'tables of pairs'),
+}
 # Errors that are about what the user gave, not about this program.
 _EXPECTED = (
   checkpoint.CheckpointError,
@@ -55,7 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
   Returns:
     0; 1 if `verify` finds a difference; 2 if a file or an option cannot be
-    used; 143 if `train` was stopped by a signal and can go on.
+    used; 70 after an error that is not about these; 143 if `train` was stopped
+    by a signal and can go on.
   """
   parser = argparse.ArgumentParser(
     prog='structattn', description='Attention systems for structural biology.'
@@ -104,6 +125,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     message = ' '.join(str(error).split())
     print(f'structattn: {message}', file=sys.stderr)
     return _BAD_INPUT
+  except Exception as error:
+    if os.environ.get(_TRACEBACK):
+      raise
+    message = ' '.join(str(error).split())[:500]
+    print(
+      f'structattn: unexpected {type(error).__name__}: {message} (a fault of '
+      f'this program; {_TRACEBACK}=1 shows where)',
+      file=sys.stderr,
+    )
+    return _INTERNAL
 
 
 def _add_convert(commands: Any) -> None:
@@ -134,10 +165,11 @@ def _add_convert(commands: Any) -> None:
   parser.set_defaults(function=_convert)
   parser = commands.add_parser(
     'info',
-    help='say what a converted file holds',
-    description='Prints configuration and provenance of a converted file.',
+    help='say what a converted file holds, or what is installed',
+    description='Prints configuration and provenance of a converted file; '
+    'without one: versions, devices, extras and what each would add, systems.',
   )
-  parser.add_argument('file', type=pathlib.Path)
+  parser.add_argument('file', type=pathlib.Path, nargs='?')
   parser.set_defaults(function=_info)
 
 
@@ -283,9 +315,40 @@ def _convert(options: argparse.Namespace) -> int:
 
 
 def _info(options: argparse.Namespace) -> int:
+  if options.file is None:
+    print(_installation())
+    return 0
   content = checkpoint.load(options.file)
   print(f'{options.file}: {convert.describe(content)}')
   return 0
+
+
+def _installation() -> str:
+  """What there is to work with, a line each."""
+  devices = collections.Counter(d.device_kind for d in jax.devices())
+  lines = [
+    f'structattn-jax {__version__}, Python {platform.python_version()}, '
+    + ', '.join(f'{n} {_version(n)}' for n in ('jax', 'dm-haiku', 'numpy')),
+    f'devices ({jax.default_backend()}): '
+    + ', '.join(f'{count} x {kind}' for kind, count in devices.items()),
+    'systems: ' + ', '.join(network.__all__),
+    'published checkpoints: '
+    + ', '.join(kind.title for kind in convert.FORMATS.values()),
+  ]
+  for extra, (packages, use) in _EXTRAS.items():
+    found = {name: _version(name) for name in packages}
+    missing = [name for name, version in found.items() if version is None]
+    have = ', '.join(f'{name} {v}' for name, v in found.items() if v)
+    state = f'missing {", ".join(missing)}' if missing else have
+    lines.append(f'extra {extra:<11} ({use}): {state}')
+  return '\n'.join(lines)
+
+
+def _version(package: str) -> str | None:
+  try:
+    return metadata.version(package)
+  except metadata.PackageNotFoundError:
+    return None
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -418,14 +481,12 @@ def _run(options: argparse.Namespace) -> int:
   smiles = max(found, key=len, default='')
 
   chosen = demo.experiments(features, smiles, seed=options.seed)
-  try:
-    reports = list(demo.run(chosen, seed=options.seed, progress=progress))
-  except AssertionError as error:  # A symmetry or padding check.
-    print(f'structattn: {path}: check failed: {error}', file=sys.stderr)
-    return _CHECK_FAILED
+  progress('weights')
+  params = demo.init_params(chosen, options.seed)
+  reports = list(demo.run(chosen, params, seed=options.seed, progress=progress))
   progress('figures')
   options.out.mkdir(parents=True, exist_ok=True)
-  written = figures.draw_all(features, chosen, options.out, seed=options.seed)
+  written = figures.draw_all(features, chosen, params, options.out)
 
   summary = {
     'structure': whole.metadata.name if whole.metadata else path.name,
@@ -488,7 +549,11 @@ def table(reports: Sequence[demo.Report]) -> str:
       f'{name} [{", ".join(map(str, shape))}]'
       for name, shape in report.inputs.items()
     ]
-    checks = [f'{name}: {error:.1e}' for name, error in report.checks.items()]
+    checks = [
+      f'{name}: {check.error:.1e}'
+      + ('' if check.ok else f' OVER {check.tolerance:.0e}')
+      for name, check in report.checks.items()
+    ]
     rows.append(
       (
         [report.title, report.algorithm],

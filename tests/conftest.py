@@ -16,6 +16,9 @@ import hypothesis
 import jax
 import pytest
 
+# A tiny training run, for the tests of training and of the command line.
+pytest_plugins = ['tiny_run']
+
 hypothesis.settings.register_profile(
   'repeatable', derandomize=True, deadline=None, max_examples=15
 )

@@ -272,6 +272,4 @@ def test_preset_header_says_source_and_class(name):
   assert all(line.startswith('#') for line in header.splitlines())
   words = ' '.join(header.replace('#', '').split())
   assert re.search(r'seed document 00\d|as released', words)
-  assert re.search(
-    rf'structattn_jax\.(\w+\.)?{cls.__name__}\.from_toml\(', header
-  )
+  assert re.search(rf'structattn_jax\.\w+\.{cls.__name__}\.from_toml\(', header)

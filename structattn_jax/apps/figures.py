@@ -1,10 +1,12 @@
 """Pictures of the systems at work on a complex; needs matplotlib."""
 
+import functools
 import pathlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import haiku as hk
+import jax
 import numpy as np
 
 from structattn_jax import data
@@ -24,25 +26,24 @@ _INK, _MUTED, _ACCENT = '#1f2430', '#8a8f98', '#c4501b'
 def draw_all(
   features: data.ComplexFeatures,
   chosen: Mapping[str, demo.Experiment],
+  params: Mapping[str, hk.Params],
   folder: pathlib.Path,
-  *,
-  seed: int = 0,
 ) -> list[pathlib.Path]:
   """Draws every figure of `structattn run` as PNG files.
 
   Args:
     features: the complex that was run.
     chosen: its experiments, from `demo.experiments`.
+    params: of each, from `demo.init_params`.
     folder: where the files go; must exist.
-    seed: of the weights, as in the run.
 
   Returns:
     The files written.
   """
   written = []
   for name, figure in (
-    ('ipa_attention', ipa_attention(features, chosen, seed=seed)),
-    ('cross_attention', cross_attention(features, chosen, seed=seed)),
+    ('ipa_attention', ipa_attention(features, chosen, params)),
+    ('cross_attention', cross_attention(features, chosen, params)),
     ('sparse_pairs', sparse_pairs(features, chosen)),
     ('window_layout', window_layout(features, chosen)),
   ):
@@ -55,16 +56,15 @@ def draw_all(
 def ipa_attention(
   features: data.ComplexFeatures,
   chosen: Mapping[str, demo.Experiment],
-  *,
-  seed: int = 0,
+  params: Mapping[str, hk.Params],
 ) -> 'mpl_figure.Figure':
   """IPA weights of the real residues beside their distances in space."""
   experiment = chosen['af2_ipa']
   inputs = dict(experiment.inputs)
-  params = demo.init_params(experiment, seed)
-  result = experiment.system.transformed.apply(
-    params, **inputs, return_attention=True
+  apply = functools.partial(
+    experiment.system.transformed.apply, return_attention=True
   )
+  result = jax.jit(apply)(params['af2_ipa'], **inputs)
   real = np.asarray(inputs['mask'])
   attention = np.asarray(result.attention)[:, real][:, :, real]
   ca = inputs['translation'][real]
@@ -111,19 +111,19 @@ def ipa_attention(
 def cross_attention(
   features: data.ComplexFeatures,
   chosen: Mapping[str, demo.Experiment],
-  *,
-  seed: int = 0,
+  params: Mapping[str, hk.Params],
 ) -> 'mpl_figure.Figure':
   """Atom -> token weights: around the ligand, and over the whole complex."""
   experiment = chosen['af3_atom_cross_attention']
-  params = demo.init_params(experiment, seed)
   config = taa.TokenAtomAttentionConfig()
   attend = hk.without_apply_rng(
     hk.transform(
       lambda **inputs: taa.AtomToTokenAttention(config).attend(**inputs)
     )
   )
-  weights, _ = attend.apply(params, **experiment.inputs)
+  weights, _ = jax.jit(attend.apply)(
+    params['af3_atom_cross_attention'], **experiment.inputs
+  )
   weights = np.asarray(weights)
   atoms, tokens = features.atoms, features.tokens
   residues = _pocket(features)

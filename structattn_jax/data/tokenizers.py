@@ -26,7 +26,7 @@ _SPECIAL = re.compile(r'<[a-z_0-9]+>')
 _SMILES_TOKEN = re.compile(
   r'<(?:bos|eos|pad|mask|unk)>'
   r'|\[[^\]]+]|Br?|Cl?|N|O|S|P|F|I|b|c|n|o|s|p'
-  r'|\(|\)|\.|=|#|-|\+|\\|/|:|~|@|\?|>|\*|\$|%[0-9]{2}|[0-9]'
+  r'|->|<-|\(|\)|\.|=|#|-|\+|\\|/|:|~|@|\?|>|\*|\$|%[0-9]{2}|[0-9]'
 )
 _SMILES_SPECIALS = ('<bos>', '<eos>', '<pad>', '<mask>')
 

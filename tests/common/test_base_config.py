@@ -125,11 +125,11 @@ def folder(tmp_path_factory):
 
 def test_library_configs_search_finds_the_systems():
   assert set(library_configs()) >= {
-    structattn_jax.AtomCrossAttentionConfig,
-    structattn_jax.AtomTransformerConfig,
-    structattn_jax.DualTrackConfig,
-    structattn_jax.InvariantPointAttentionConfig,
-    structattn_jax.TokenAttentionPoolConfig,
+    structattn_jax.seeds.TokenAtomAttentionConfig,
+    structattn_jax.pallatom.AtomTransformerConfig,
+    structattn_jax.sedd.DualTrackConfig,
+    structattn_jax.alphafold2.InvariantPointAttentionConfig,
+    structattn_jax.seeds.TokenAttentionPoolConfig,
     base_config.BaseConfig,
   }
 
@@ -313,4 +313,4 @@ def test_from_toml_missing_file_raises(tmp_path):
 
 def test_dual_track_config_indivisible_size_names_the_numbers():
   with pytest.raises(ValueError, match=r'10 must be divisible .* = 6'):
-    structattn_jax.DualTrackConfig(hidden_size=10, num_head=3)
+    structattn_jax.sedd.DualTrackConfig(hidden_size=10, num_head=3)

@@ -58,6 +58,7 @@ REPLAYS: dict[tuple[str, str], Replay] = {
     )
   },
   ('af3_diffusion_head', 'head'): af3_diffusion_head.head,
+  ('af3_diffusion_head', 'sampler'): af3_diffusion_head.sampler,
   ('boltz_atom_encoder', 'seed_token_attention'): seeds.token_attention,
   **{
     ('boltz_atom_encoder', kind): boltz_atom_encoder.encoder_decoder

@@ -4,6 +4,7 @@ Denoised positions and gradients are those of `cached_diffusion_head`; the
 conditioning is that of the published form.
 """
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from structattn_jax import diffusion
 from structattn_jax.components import parameters as pm
 from structattn_jax.network.alphafold3 import cached_diffusion as cdh
 from structattn_jax.network.alphafold3 import diffusion_head as dh
@@ -20,6 +22,8 @@ from structattn_jax.verification.golden import Comparison, Golden
 _SCOPE = 'diffuser/~/diffusion_head/'
 # Which sample the gradients are of.
 _LEVEL = 1
+# Of the largest coordinate, after several steps in float32.
+_SAMPLER_FLOOR = 5e-6
 
 
 def head(golden: Golden) -> Iterator[Comparison]:
@@ -67,6 +71,29 @@ def head(golden: Golden) -> Iterator[Comparison]:
     else:
       got = by_position
     yield golden.gradient(output, got)
+
+
+def sampler(golden: Golden) -> Iterator[Comparison]:
+  """Samples from their key."""
+  params, batch, embeddings = arguments(golden)
+  recorded = golden.meta['sample']
+  head = cdh.cached_diffusion_head()
+
+  @jax.jit
+  def run(params: Any, embeddings: Any, key: jax.Array) -> jax.Array:
+    conditioning = head.precompute(params, batch, embeddings)
+    return diffusion.sample(
+      functools.partial(head.denoise, params, conditioning),
+      batch.atoms.pred_dense_atom_mask,
+      diffusion.SamplerConfig(steps=recorded['steps']),
+      num_samples=recorded['num_samples'],
+      key=key,
+    ).positions
+
+  key = jax.random.wrap_key_data(golden.arrays['inputs/key'])
+  found = run(params, embeddings, key)
+  # There is no float64 run: errors grow from step to step.
+  yield golden.value('atom_positions', found, floor=_SAMPLER_FLOOR)
 
 
 def arguments(

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from structattn_jax.common import checks, numerics
-from structattn_jax.components import functional, mapping
+from structattn_jax.components import functional, mapping, preconditioning
 from structattn_jax.components import parameters as pm
 from structattn_jax.components.parameters import Params
 from structattn_jax.network.alphafold3 import atom_layout
@@ -234,7 +234,7 @@ def cached_diffusion_head(
       lambda x: aca.encode(
         params, conditioning.atoms, x, config=config.atoms, name=dh.ATOMS
       )
-    )(dh.scale_in(noise_level) * positions)
+    )(preconditioning.preconditioning(noise_level).c_in * positions)
     act = numerics.at_least_float32(encoding.token_act)
     act += dh.embed_single_cond(params, single_cond)
     dtype = jnp.bfloat16 if config.bfloat16 else act.dtype
@@ -256,7 +256,9 @@ def cached_diffusion_head(
         name=dh.ATOMS,
       )
     )(act, encoding.skip_connection)
-    denoised = dh.combine(positions, update, noise_level)
+    denoised = preconditioning.denoised_positions(
+      positions, update, noise_level
+    )
     return jax.vmap(lambda x: atom_layout.atoms_to_dense(plan, x))(denoised)
 
   return CachedDiffusionHead(init, precompute, denoise)

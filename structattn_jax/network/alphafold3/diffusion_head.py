@@ -36,7 +36,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from structattn_jax.common import base_config, checks
-from structattn_jax.components import functional
+from structattn_jax.components import functional, preconditioning
 from structattn_jax.components import haiku_modules as hm
 from structattn_jax.components import parameters as pm
 from structattn_jax.components.parameters import Params
@@ -45,8 +45,6 @@ from structattn_jax.network.alphafold3 import atom_layout
 from structattn_jax.network.alphafold3 import cached_atom_attention as aca
 from structattn_jax.network.alphafold3 import diffusion_transformer as dt
 
-# Standard deviation of the coordinates of structures, angstrom.
-SIGMA_DATA = 16.0
 # Clipping of offsets along a chain and of copies of an entity.
 R_MAX, S_MAX = 32, 2
 # Channels of the relative encoding: two one-hot offsets, whether the entity is
@@ -230,7 +228,7 @@ def diffusion_head(
   encoded = atoms.encoder(
     params,
     batch.atoms,
-    scale_in(noise_level) * positions,
+    preconditioning.preconditioning(noise_level).c_in * positions,
     embeddings.single,
     pair_cond,
     name=ATOMS,
@@ -260,7 +258,8 @@ def diffusion_head(
     padded_keys=config.atoms.padded_keys,
   )
   # Line 8.
-  return jnp.where(mask, combine(positions, update, noise_level), 0)
+  denoised = preconditioning.denoised_positions(positions, update, noise_level)
+  return jnp.where(mask, denoised, 0)
 
 
 def conditioning(
@@ -340,8 +339,8 @@ def noise_embedding(noise_level: jax.Array) -> jax.Array:
     [..., 256], in the dtype of `noise_level`.
   """
   weight, bias = (x.astype(noise_level.dtype) for x in _noise_constants())
-  scaled = jnp.log(noise_level / SIGMA_DATA) / 4
-  return jnp.cos(2 * math.pi * (scaled[..., None] * weight + bias))
+  time = preconditioning.noise_time(noise_level)[..., None]
+  return jnp.cos(2 * math.pi * (time * weight + bias))
 
 
 def relative_encoding(tokens: TokenIds) -> jax.Array:
@@ -402,21 +401,6 @@ def relative_bins(tokens: TokenIds) -> tuple[jax.Array, jax.Array]:
     offset('sym_id', S_MAX, same_entity),
   ]
   return jnp.stack(bins, -1), same_entity
-
-
-def scale_in(noise_level: jax.Array) -> jax.Array:
-  """Factor of noisy positions for the network (Alg. 20, line 2)."""
-  return jax.lax.rsqrt(jnp.square(noise_level) + SIGMA_DATA**2)
-
-
-def combine(
-  positions: jax.Array, update: jax.Array, noise_level: jax.Array
-) -> jax.Array:
-  """Denoised positions of noisy ones and the update (Alg. 20, line 8)."""
-  scale = scale_in(noise_level)
-  return (
-    SIGMA_DATA * scale * (SIGMA_DATA * scale * positions + noise_level * update)
-  )
 
 
 class DiffusionHead(hk.Module):

@@ -170,7 +170,7 @@ def cached_diffusion_head(
     embeddings: dh.TrunkEmbeddings,
     use_conditioning: bool | jax.Array = True,
   ) -> DiffusionConditioning:
-    dh.check_inputs(batch, embeddings)
+    dh.check_inputs(batch, embeddings, use_conditioning)
     plan = batch.atoms.plan
     pair_cond = _pair_cond(params, batch.tokens, embeddings, use_conditioning)
     # The atoms see the single embedding in any case.

@@ -208,7 +208,7 @@ def diffusion_head(
     TypeError: on a wrong dtype.
   """
   config = config or DiffusionHeadConfig()
-  check_inputs(batch, embeddings)
+  check_inputs(batch, embeddings, use_conditioning)
   n_token, n_slot = batch.atoms.pred_dense_atom_mask.shape
   lead = {'n_token': (n_token, 'the batch'), 'n_slot': (n_slot, 'the batch')}
   checks.check_shapes(
@@ -338,7 +338,7 @@ def noise_embedding(noise_level: jax.Array) -> jax.Array:
   Returns:
     [..., 256], in the dtype of `noise_level`.
   """
-  weight, bias = (x.astype(noise_level.dtype) for x in _noise_constants())
+  weight, bias = (x.astype(noise_level.dtype) for x in noise_constants())
   time = preconditioning.noise_time(noise_level)[..., None]
   return jnp.cos(2 * math.pi * (time * weight + bias))
 
@@ -483,7 +483,7 @@ def diffusion_head_parameters(
   joined = {
     'pair_cond_initial': (pair_channels + REL_CHANNELS, c_z),
     'single_cond_initial': (single_channels + target_channels, c_s),
-    'noise_embedding_initial': (len(_noise_constants()[0]), c_s),
+    'noise_embedding_initial': (len(noise_constants()[0]), c_s),
   }
   table = aca.atom_cross_att_parameters(
     config.atoms, ATOMS, single_channels=single_channels, pair_channels=c_z
@@ -507,7 +507,9 @@ def diffusion_head_parameters(
 
 
 def check_inputs(
-  batch: DiffusionHeadBatch, embeddings: TrunkEmbeddings
+  batch: DiffusionHeadBatch,
+  embeddings: TrunkEmbeddings,
+  use_conditioning: bool | jax.Array = True,
 ) -> None:
   """Checks what both forms take, but for positions and noise level.
 
@@ -536,6 +538,8 @@ def check_inputs(
     target_feat=(arrays['target_feat'], 'n_token c_target'),
   )
   checks.check_dtypes('floating', **arrays)
+  checks.check_shapes(use_conditioning=(use_conditioning, ''))
+  checks.check_dtypes('bool', use_conditioning=use_conditioning)
 
 
 def check_noise_level(noise_level: Any) -> None:
@@ -603,7 +607,7 @@ def _normalise_and_project(
 
 
 @functools.cache
-def _noise_constants() -> tuple[np.ndarray, np.ndarray]:
+def noise_constants() -> tuple[np.ndarray, np.ndarray]:
   """Frequencies and phases of the noise embedding, [256] float64 each."""
   folder = importlib.resources.files('structattn_jax.network.alphafold3')
   path = folder / 'noise_embedding.npz'

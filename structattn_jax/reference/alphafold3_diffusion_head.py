@@ -1,5 +1,7 @@
-"""Oracle of AlphaFold 3's diffusion head (Abramson et al. 2024, Suppl. Algs. 3,
-20 to 26, as released), with the atoms of `reference.alphafold3`."""
+"""Oracle of AlphaFold 3's diffusion head, with atoms of `reference.alphafold3`.
+
+Abramson et al. (2024) Suppl. Algs. 3 and 20 to 26, as released.
+"""
 
 import numpy as np
 

@@ -51,7 +51,9 @@ def head(golden: Golden) -> Iterator[Comparison]:
   condition = jax.jit(jax.vmap(dh.conditioning, (None, 0, None, None, None)))
   for name, use in (('conditioned', True), ('unconditioned', False)):
     denoised = run_jit(params, embeddings, positions, levels, use)
-    yield golden.value(f'{name}/denoised', denoised)
+    yield golden.value(
+      f'{name}/denoised', denoised, floor=golden_lib.GEOMETRY_FLOOR
+    )
     single_cond, pair_cond = condition(
       params, levels[:2], batch.tokens, embeddings, use
     )

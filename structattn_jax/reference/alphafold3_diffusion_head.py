@@ -3,6 +3,8 @@
 Abramson et al. (2024) Suppl. Algs. 3 and 20 to 26, as released.
 """
 
+from typing import Any
+
 import numpy as np
 
 from structattn_jax.reference import alphafold3, numerics
@@ -20,7 +22,7 @@ def diffusion_head(
   noise_constants: tuple[np.ndarray, np.ndarray],
   *,
   use_conditioning: bool = True,
-  **windows: object,
+  **windows: Any,
 ) -> np.ndarray:
   """Denoised positions of flat atoms, [n_atom, 3].
 
@@ -35,7 +37,7 @@ def diffusion_head(
   keep = np.asarray(atoms['mask'], bool)[:, None]
   positions = np.where(keep, positions, 0)
   variance = noise_level**2 + 16.0**2
-  options = {
+  options: dict[str, Any] = {
     'positions': positions / np.sqrt(variance),
     'trunk_single_cond': embeddings['single'],
     'trunk_pair_cond': pair,

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from structattn_jax import diffusion
 from structattn_jax.components import parameters as pm
@@ -92,7 +91,7 @@ def sampler(golden: Golden) -> Iterator[Comparison]:
       key=key,
     ).positions
 
-  key = jax.random.wrap_key_data(golden.arrays['inputs/key'])
+  key = jax.random.wrap_key_data(jnp.asarray(golden.arrays['inputs/key']))
   found = run(params, embeddings, key)
   # There is no float64 run: errors grow from step to step.
   yield golden.value('atom_positions', found, floor=_SAMPLER_FLOOR)
@@ -110,5 +109,5 @@ def arguments(
   return (
     dict(pm.below(params, _SCOPE)),
     dh.DiffusionHeadBatch.from_batch(features),
-    dh.TrunkEmbeddings(**{k: np.asarray(x) for k, x in embeddings.items()}),
+    dh.TrunkEmbeddings(**embeddings),
   )

@@ -30,6 +30,8 @@ from structattn_jax.network.alphafold3 import diffusion_transformer as dt
 # Pairs of tokens whose conditioning is computed at a time: what stays in cache
 # on CPU, and what takes half a GB elsewhere.
 _CPU_PAIRS, _DEVICE_PAIRS = 2048, 1 << 18
+# Logits that stay in cache on CPU.
+_CPU_LOGITS = 1 << 18
 # Bytes up to which pair logits are kept by default.
 _MOST_LOGITS = 1 << 30
 
@@ -384,31 +386,67 @@ def _transform_tokens(
   Returns:
     Like `act`.
   """
-  mask = conditioning.token_mask
+  mask, pair = conditioning.token_mask, conditioning.pair
+  # On CPU the activations of one sample stay in cache.
+  at_a_time = functional.chunk_size(act.shape[0], on_cpu=1)
 
   def block(act: jax.Array, inputs: Any) -> tuple[jax.Array, None]:
     own, logits = inputs
-    if logits is None:
+    if pair is not None:
       projection = own['pair_logits_projection']['weights']
-      logits = _pair_logits(projection, conditioning.pair, mask)
-    x = dt.adaptive_layernorm(own, act, single_cond)
-    act += _attend(own, x, logits, mask, single_cond)
-    act += dt.transition_block(own, act, single_cond)
-    return act, None
+      logits = _pair_logits(projection, pair, mask)
+    of_attention, of_transition = (
+      _adaptive_terms(own, single_cond, name) for name in ('', 'ffw_')
+    )
 
+    def one_sample(act: jax.Array) -> jax.Array:
+      x = of_attention.scale * numerics.layer_norm(act) + of_attention.shift
+      act += of_attention.gate * _attend(own, x, logits, mask)
+      x = of_transition.scale * numerics.layer_norm(act) + of_transition.shift
+      hidden = functional.swish_gate(
+        functional.linear(own, 'ffw_transition1', x)
+      )
+      update = functional.linear(own, 'ffw_transition2', hidden)
+      return act + of_transition.gate * update
+
+    return jax.lax.map(one_sample, act, batch_size=at_a_time), None
+
+  run: Any = block
   if remat:
-    block = jax.checkpoint(block, prevent_cse=False)
-  return jax.lax.scan(block, act, (blocks, conditioning.pair_logits))[0]
+    run = jax.checkpoint(block, prevent_cse=False)
+  return jax.lax.scan(run, act, (blocks, conditioning.pair_logits))[0]
+
+
+class _AdaptiveTerms(NamedTuple):
+  """What a half of a block needs of the conditioning, [n_token, c_token]."""
+
+  scale: jax.Array
+  shift: jax.Array
+  gate: jax.Array
+
+
+def _adaptive_terms(
+  own: Params, single_cond: jax.Array, name: str
+) -> _AdaptiveTerms:
+  """Of the norm and of the output (Algs. 25 and 26)."""
+  normalised = functional.layer_norm(
+    own, f'{name}single_cond_layer_norm', single_cond
+  )
+
+  def linear(leaf: str, x: jax.Array) -> jax.Array:
+    return functional.linear(own, f'{name}{leaf}', x)
+
+  return _AdaptiveTerms(
+    scale=jax.nn.sigmoid(linear('single_cond_scale', normalised)),
+    shift=linear('single_cond_bias', normalised),
+    gate=jax.nn.sigmoid(linear('adaptive_zero_cond', single_cond)),
+  )
 
 
 def _attend(
-  own: Params,
-  x: jax.Array,
-  pair_logits: jax.Array,
-  mask: jax.Array,
-  single_cond: jax.Array,
+  own: Params, x: jax.Array, pair_logits: jax.Array, mask: jax.Array
 ) -> jax.Array:
-  """The update of attention (Alg. 24); x [n_sample, n_token, c_token]."""
+  """The update of attention before its gate (Alg. 24); x [n_token, c_token]."""
   q, k = (
     numerics.at_least_float32(functional.linear(own, f'{name}_projection', x))
     for name in ('q', 'k')
@@ -416,9 +454,19 @@ def _attend(
   v = functional.linear(own, 'v_projection', x)
   # Without any key all weights are equal, and all values zero.
   v = jnp.where(mask[:, None, None], v, 0)
-  logits = jnp.einsum('nqhd,nkhd->nhqk', q * q.shape[-1] ** -0.5, k)
-  weights = jax.nn.softmax(logits + pair_logits).astype(v.dtype)
-  out = jnp.einsum('nhqk,nkhd->nqhd', weights, v)
-  out = out.reshape(*out.shape[:2], -1)
+  q *= q.shape[-1] ** -0.5
+
+  def one_head(inputs: tuple[jax.Array, ...]) -> jax.Array:
+    q, k, v, bias = inputs
+    weights = jax.nn.softmax(q @ k.T + bias)
+    return weights.astype(v.dtype) @ v
+
+  heads = (*(jnp.swapaxes(y, 0, 1) for y in (q, k, v)), pair_logits)
+  n_head, n_token, _ = pair_logits.shape
+  at_a_time = functional.chunk_size(
+    n_head, on_cpu=max(1, _CPU_LOGITS // n_token**2)
+  )
+  out = jax.lax.map(one_head, heads, batch_size=at_a_time)
+  out = jnp.swapaxes(out, 0, 1).reshape(n_token, -1)
   out *= jax.nn.sigmoid(functional.linear(own, 'gating_query', x))
-  return dt.adaptive_zero_init(own, out, single_cond)
+  return functional.linear(own, 'transition2', out)

@@ -63,7 +63,9 @@ def make_batch(counts, n_token=None, **options):
   """A batch of one chain with so many atoms per token; 1 of each: a ligand."""
   counts = np.array(counts)
   n_real, n_token = len(counts), n_token or len(counts)
-  rng = np.random.default_rng(len(counts))
+  rng = np.random.default_rng(0)
+  ref_pos = rng.standard_normal((64, 4, 3), np.float32)[:n_token]
+  chars = rng.integers(0, 64, (64, 4, 4))[:n_token]
   mask = np.zeros((n_token, 4), bool)
   mask[:n_real] = np.arange(4) < counts[:, None]
   is_ligand = counts.max() == 1
@@ -73,11 +75,11 @@ def make_batch(counts, n_token=None, **options):
     {
       'pred_dense_atom_mask': mask,
       'ref_space_uid': np.repeat((one if is_ligand else number)[:, None], 4, 1),
-      'ref_pos': rng.standard_normal((*mask.shape, 3), np.float32),
+      'ref_pos': ref_pos,
       'ref_mask': mask,
       'ref_element': 6 * mask.astype(np.int32),
       'ref_charge': np.zeros(mask.shape, np.float32),
-      'ref_atom_name_chars': rng.integers(0, 64, (*mask.shape, 4)),
+      'ref_atom_name_chars': chars,
       'token_index': number,
       'residue_index': one if is_ligand else number,
       'asym_id': one,
@@ -416,6 +418,14 @@ def test_sampling_is_differentiable_in_the_embeddings(params):
   _, embeddings = make_inputs(batch)
   head = cdh.cached_diffusion_head(CONFIG)
   config = diffusion.SamplerConfig(steps=3)
+  rng = np.random.default_rng(1)
+  shape = (2, *batch.atoms.pred_dense_atom_mask.shape, 3)
+  draws = diffusion.SamplerDraws(
+    start=rng.standard_normal(shape),
+    rotation=registry.random_frames(rng, 6)[0].reshape(3, 2, 3, 3),
+    translation=rng.standard_normal((3, 2, 3)),
+    noise=rng.standard_normal((3, *shape)),
+  )
 
   def loss(step, direction):
     moved = jax.tree.map(lambda x, d: x + step * d, embeddings, direction)
@@ -424,8 +434,7 @@ def test_sampling_is_differentiable_in_the_embeddings(params):
       functools.partial(head.denoise, params, conditioning),
       batch.atoms.pred_dense_atom_mask,
       config,
-      num_samples=2,
-      key=jax.random.key(0),
+      draws=draws,
     )
     return jnp.sum(jnp.sin(found.positions / 16))
 

@@ -33,11 +33,13 @@ import matplotlib.pyplot as plt
 import numpy as np
 import optax
 
+import structattn_jax as sa
 from structattn_jax import data
+from structattn_jax.components import functional
 from structattn_jax.components import parameters as pm
-from structattn_jax.network.alphafold3 import atom_layout
-from structattn_jax.network.alphafold3 import cached_atom_attention as aca
+from structattn_jax.network.alphafold3 import atom_layout, window_plan
 from structattn_jax.network.alphafold3 import diffusion_transformer as dt
+from structattn_jax.network.alphafold3 import transformer_parameters as tp
 
 # Parity with float64 means little through TF32 units.
 jax.config.update('jax_default_matmul_precision', 'highest')
@@ -155,18 +157,18 @@ print(f'{(near & seen).sum()} of them are keys of window {ligand_window}')
 # the default, and `uid_rule='corrected'` the alternative.
 
 # %%
-query_uid = atom_layout.query_blocks(plan, jnp.asarray(plan.space_uid))
-query_real = atom_layout.query_blocks(plan, jnp.asarray(plan.atom_mask))
+query_uid = window_plan.query_blocks(plan, jnp.asarray(plan.space_uid))
+query_real = window_plan.query_blocks(plan, jnp.asarray(plan.atom_mask))
 both = (
   query_real[:, :, None]
-  & atom_layout.atom_windows(plan, plan.atom_mask)[:, None]
+  & window_plan.atom_windows(plan, plan.atom_mask)[:, None]
 )
 same = {}
 for rule, key_uid in (
   ('corrected', plan.space_uid),
   ('official', plan.official_key_space_uid),
 ):
-  key_uid = atom_layout.atom_windows(plan, jnp.asarray(key_uid))
+  key_uid = window_plan.atom_windows(plan, jnp.asarray(key_uid))
   same[rule] = both & (query_uid[:, :, None] == key_uid[:, None])
   print(f'{rule:10} {int(same[rule].sum()):6} pairs marked as one conformer')
 right = int((same['official'] & same['corrected']).sum())
@@ -194,19 +196,20 @@ for i, (title, x) in enumerate(
 plt.show()
 
 # %% [markdown]
-# ## 4. Encoder and decoder, lean and as published
+# ## 4. Encoder and decoder, in blocks and as published
 #
 # Parameters have upstream's names. `precompute` makes everything that is the
-# same for all diffusion steps and samples, `encode` and `decode` the rest. The
-# published formulation is there as well, on its dense layout.
+# same for all diffusion steps and samples, `encode` and `decode` the rest; all
+# three are closures over one config. The published form is there as well, on
+# its dense layout.
 
 # %%
-attention = dt.CrossAttentionConfig(num_head=4, key_dim=32, value_dim=32)
-config = aca.AtomCrossAttConfig(
+attention = tp.CrossAttentionConfig(num_head=4, key_dim=32, value_dim=32)
+config = sa.alphafold3.AtomCrossAttConfig(
   per_atom_channels=32,
   per_atom_pair_channels=8,
   per_token_channels=64,
-  atom_transformer=dt.CrossAttTransformerConfig(
+  atom_transformer=tp.CrossAttTransformerConfig(
     num_blocks=2, attention=attention
   ),
   final_init='linear',
@@ -218,7 +221,7 @@ single = np.concatenate(
   [np.eye(31)[tokens.residue_type], np.sin(place), np.cos(place)], -1
 )
 single = jnp.asarray(single, jnp.float32)
-table = aca.atom_cross_att_parameters(
+table = sa.alphafold3.atom_cross_att_parameters(
   config, single_channels=single.shape[-1], pair_channels=None
 )
 atom_params = pm.init_parameters(table, jax.random.key(0))
@@ -227,34 +230,28 @@ for name in list(table)[:3] + list(table)[-3:]:
   print(' ', name)
 
 # %%
-positions = atom_layout.pad_atoms(plan, position)
-conditioning = aca.precompute(atom_params, plan, ref, single, config=config)
-encoding = aca.encode(atom_params, conditioning, positions / 16, config=config)
-update = aca.decode(
-  atom_params,
-  conditioning,
-  encoding.token_act,
-  encoding.skip_connection,
-  config=config,
+positions = window_plan.pad_atoms(plan, position)
+_, precompute, encode, decode = sa.alphafold3.cached_atom_cross_att(config)
+conditioning = precompute(atom_params, plan, ref, single)
+encoding = encode(atom_params, conditioning, positions / 16)
+update = decode(
+  atom_params, conditioning, encoding.token_act, encoding.skip_connection
 )
 dense = atom_layout.DenseBatch.from_batch(batch)
-as_published = dataclasses.replace(config, implementation='published')
-encoded = aca.atom_cross_att_encoder(
-  atom_params,
-  dense,
-  atom_layout.atoms_to_dense(plan, positions / 16),
-  single,
-  config=as_published,
+as_published = sa.alphafold3.dense_atom_cross_att(
+  dataclasses.replace(config, implementation='published')
 )
-dense_update = aca.atom_cross_att_decoder(
-  atom_params, dense, encoded.token_act, encoded, config=as_published
+dense_positions = atom_layout.atoms_to_dense(plan, positions / 16)
+encoded = as_published.encode(atom_params, dense, dense_positions, single)
+dense_update = as_published.decode(
+  atom_params, dense, encoded.token_act, encoded
 )
 for name, got, want in (
   ('token_act', encoding.token_act, encoded.token_act),
   ('position_update', atom_layout.atoms_to_dense(plan, update), dense_update),
 ):
   error = float(jnp.abs(got - want).max() / jnp.abs(want).max())
-  print(f'{name:16} lean against published: {error:.1e} of the largest value')
+  print(f'{name:16} against the published form: {error:.1e} of the largest')
   assert error < 1e-5
 
 # %% [markdown]
@@ -332,15 +329,15 @@ plt.show()
 # Plain functions of a parameter tree, with optax around them.
 
 # %%
-token_config = dt.TransformerConfig(
-  attention=dt.SelfAttentionConfig(num_head=4, key_dim=32, value_dim=32),
+token_config = tp.TransformerConfig(
+  attention=tp.SelfAttentionConfig(num_head=4, key_dim=32, value_dim=32),
   num_blocks=2,
   super_block_size=2,
 )
 n_single = single.shape[-1] + 1
 tables = {
   'atoms': table,
-  'tokens': dt.transformer_parameters(
+  'tokens': tp.transformer_parameters(
     token_config, config.per_token_channels, n_single, None
   ),
   'single': {'project': pm.linear(n_single, config.per_token_channels)},
@@ -358,19 +355,16 @@ def denoise(params, noisy, sigma):
   """Positions [n_atom, 3] in angstrom without their noise."""
   total = jnp.sqrt(sigma**2 + data_scale**2)
   own = params['atoms']
-  conditioning = aca.precompute(
-    own, plan, ref, single, config=config, cache_terms=False
-  )
-  encoding = aca.encode(own, conditioning, noisy / total, config=config)
+  conditioning = precompute(own, plan, ref, single, cache_terms=False)
+  encoding = encode(own, conditioning, noisy / total)
   level = jnp.full((n_token, 1), jnp.log(sigma / data_scale) / 4)
   condition = jnp.concatenate([single, level], -1)
-  act = encoding.token_act + dt.linear(params['single'], condition, 'project')
+  project = functional.linear(params['single'], 'project', condition)
+  act = encoding.token_act + project
   act = dt.transformer(
     params['tokens'], act, jnp.ones(n_token, bool), condition
   )
-  update = aca.decode(
-    own, conditioning, act, encoding.skip_connection, config=config
-  )
+  update = decode(own, conditioning, act, encoding.skip_connection)
   return (data_scale / total) ** 2 * noisy + data_scale * sigma / total * update
 
 
@@ -514,10 +508,10 @@ assert rmsd(turned) > 2 * after
 def attention_weights(params, noisy, sigma, window):
   """[n_head, num_queries, num_keys] of one window, first block."""
   own = params['atoms']
-  conditioning = aca.precompute(own, plan, ref, single, config=config)
+  conditioning = precompute(own, plan, ref, single)
   scaled = noisy / jnp.sqrt(sigma**2 + data_scale**2)
-  act = conditioning.single + dt.linear(
-    own, scaled, 'diffusion_atom_positions_to_features'
+  act = conditioning.single + functional.linear(
+    own, 'diffusion_atom_positions_to_features', scaled
   )
   scope = 'diffusion_atom_transformer_encoder'
   blocks = pm.below(own, f'{scope}/__layer_stack_with_per_layer/{scope}')
@@ -526,7 +520,7 @@ def attention_weights(params, noisy, sigma, window):
   for side, rows in (('q', queries[window]), ('k', keys[window])):
     rows = np.minimum(rows, plan.n_atom - 1)
     x = dt.adaptive_layernorm(block, act[rows], conditioning.single[rows], side)
-    sides.append(dt.linear(block, x, f'{side}_projection'))
+    sides.append(functional.linear(block, f'{side}_projection', x))
   q, k = sides
   logits = jnp.einsum('qhc,khc->hqk', q, k) * q.shape[-1] ** -0.5
   return jax.nn.softmax(logits + conditioning.encoder.biases[0][window])

@@ -118,7 +118,7 @@ plt.show()
 
 # %%
 config = sa.boltz.Boltz1AtomAttentionConfig(token_s=64, token_z=32)
-functions = sa.boltz.transform_boltz_atom_attention(config)
+functions = sa.boltz.cached_atom_attention(config)
 rng = np.random.default_rng(0)
 params = jax.tree.map(
   lambda x: (

@@ -151,7 +151,7 @@ plt.show()
 # Each of these updates positions and hands its context on. In the whole model a
 # trunk changes `s` and `z` between decoders; there is none here.
 #
-# The default implementation, *lean*, never makes the pair tensor: `p_skip` is a
+# The default implementation, *blocked*, never makes the pair tensor: `p_skip` is a
 # `PairSkip`, a few vectors per atom, and the last decoder makes `p` because it
 # is asked to.
 
@@ -299,8 +299,8 @@ assert counts == [1, 5, 31 * 5]
 # ## 5. Memory
 #
 # Bytes of temporaries of the compiled encoder, at the channels of the published
-# main trunk and 5 atoms per residue. *dense* is the published form; it grows by
-# what tensors over atoms and neighbours take. *lean* keeps one block of them.
+# main trunk and 5 atoms per residue. *published* is upstream's form; it grows by
+# what tensors over atoms and neighbours take. *blocked* keeps one block of them.
 
 # %%
 SIZES = (500, 1000, 2000, 4000)
@@ -346,7 +346,7 @@ def temporaries(n_atom, form, training):
 
 measured = {
   (form, training): [temporaries(n, form, training) for n in SIZES]
-  for form in ('dense', 'lean')
+  for form in ('published', 'blocked')
   for training in (False, True)
 }
 
@@ -357,7 +357,7 @@ for (form, training), values in measured.items():
     SIZES,
     np.array(values) / 1e6,
     marker='o',
-    color=GREY if form == 'dense' else BLUE,
+    color=GREY if form == 'published' else BLUE,
     ls='--' if training else '-',
     label=f'{form}, {"with gradient" if training else "forward"}',
   )
@@ -368,7 +368,9 @@ ax.minorticks_off()
 ax.legend(frameon=False)
 plt.show()
 for training in (False, True):
-  ratio = measured['dense', training][-1] / measured['lean', training][-1]
+  ratio = (
+    measured['published', training][-1] / measured['blocked', training][-1]
+  )
   kind = 'with gradient' if training else 'forward'
   print(f'{SIZES[-1]} atoms, {kind}: {ratio:.0f} times less')
 
@@ -378,5 +380,5 @@ for training in (False, True):
 # * Plan on the host, once per index vector; give plans of several proteins the
 #   same sizes (`PlanSizes.union`) and they share a compilation.
 # * Tokens in any order, or parity with published tensors:
-#   `implementation='dense'`.
+#   `implementation='published'`.
 # * `atom_mask` is for padding; the published model has none.

@@ -35,7 +35,7 @@ import numpy as np
 
 from structattn_jax import data, discrete_diffusion, training
 from structattn_jax.apps import generate
-from structattn_jax.network.sedd import dual_track as sedd_dual_track
+from structattn_jax.network.sedd import blocks, dual_track, embeddings
 
 BLUE, ORANGE, GREY = '#2f6db3', '#c4501b', '#8a8f98'
 
@@ -333,7 +333,7 @@ print(f'mean likeness: given the protein {given:.2f}, alone {lone:.2f}')
 # stack, and the inputs of the cross-attention are caught on the way.
 
 # %%
-SCOPE = f'dual_track/{sedd_dual_track.LAYER_STACK}/'
+SCOPE = f'dual_track/{blocks.LAYER_STACK}/'
 
 
 def layer_params(track, layer):
@@ -353,14 +353,14 @@ def run_block(track, layer, *inputs):
   caught = []
 
   def catch(call, arguments, options, context):
-    is_cross = isinstance(context.module, sedd_dual_track.CrossAttention)
+    is_cross = isinstance(context.module, blocks.CrossAttention)
     if is_cross and context.method_name == '__call__':
       caught.extend(arguments)
     return call(*arguments, **options)
 
   def forward(*inputs):
     with hk.intercept_methods(catch):
-      return sedd_dual_track.DDiTBlock(config.model, name='block')(*inputs)
+      return blocks.DDiTBlock(config.model, name='block')(*inputs)
 
   params = layer_params(track, layer)
   output = hk.without_apply_rng(hk.transform(forward)).apply(params, *inputs)
@@ -385,11 +385,11 @@ def cross_attention(protein, ligand, t):
   """[num_block, num_head, ligand tokens, protein tokens]."""
 
   def embed(protein, ligand, sigma):
-    embedding = sedd_dual_track.embedding
+    embedding = dual_track.embedding
     return (
       embedding(config.model, 'protein')(protein),
       embedding(config.model, 'ligand')(ligand),
-      sedd_dual_track.TimestepEmbedder(config.model.cond_dim)(sigma),
+      embeddings.TimestepEmbedder(config.model.cond_dim)(sigma),
     )
 
   sigma = jnp.float32(noise.total(t))

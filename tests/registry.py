@@ -14,14 +14,14 @@ import jax
 import numpy as np
 
 from structattn_jax.components import parameters as pm
+from structattn_jax.network import pallatom
 from structattn_jax.network.alphafold2 import invariant_point_attention as ipa
-from structattn_jax.network.alphafold3 import atom_layout
+from structattn_jax.network.alphafold3 import atom_cross_attention as af3
+from structattn_jax.network.alphafold3 import atom_layout, window_plan
 from structattn_jax.network.alphafold3 import cached_atom_attention as aca
 from structattn_jax.network.alphafold3 import diffusion_head as dh
-from structattn_jax.network.alphafold3 import diffusion_transformer as dt
+from structattn_jax.network.alphafold3 import transformer_parameters as tp
 from structattn_jax.network.boltz import atom_attention as boltz_encoders
-from structattn_jax.network.boltz import parameters as boltz_parameters
-from structattn_jax.network.pallatom import atom_transformers as pallatom
 from structattn_jax.network.sedd import dual_track as sedd
 from structattn_jax.network.seeds import token_atom_attention as taa
 from structattn_jax.network.seeds import token_attention_pool as boltz
@@ -43,6 +43,8 @@ class Case:
   permutations: tuple[Mapping[str, Any], ...] = ()
   # The same system with bfloat16 activations, if that is a matter of config.
   bfloat16_system: systems.System | None = None
+  # Outputs that are coordinates, which stay float32.
+  coordinates: tuple[str, ...] = ()
   # Inputs at the edge of the formula: values and gradients must stay finite.
   degenerate: Mapping[str, Mapping[str, Any]] = dataclasses.field(
     default_factory=dict
@@ -59,9 +61,7 @@ class Case:
   @functools.cached_property
   def params(self) -> dict[str, Any]:
     """Parameters without any zero left by an initialiser."""
-    init = jax.jit(
-      lambda key, inputs: self.system.transformed.init(key, **inputs)
-    )
+    init = jax.jit(lambda key, inputs: self.system.init(key, inputs))
     params = init(jax.random.key(0), dict(self.inputs))
     rng = np.random.default_rng(0)
     return jax.tree.map(
@@ -71,7 +71,7 @@ class Case:
 
   def apply(self, params: Any, inputs: Mapping[str, Any]) -> Any:
     """The system on a dictionary of inputs, op by op."""
-    return self.system.transformed.apply(params, **inputs)
+    return self.system.apply(params, inputs)
 
   @functools.cached_property
   def jitted(self) -> Callable[..., Any]:
@@ -183,7 +183,7 @@ def _atom_cross_attention_case(name: str, options: dict[str, Any]) -> Case:
   )
   return Case(
     name,
-    systems.atom_cross_attention(config),
+    systems.token_atom_attention(config),
     lambda **inputs: taa.token_atom_update(config, **inputs),
     {
       'atoms': _normal(rng, n_atom, c_atom),
@@ -229,16 +229,16 @@ def _atom_cross_att_case() -> Case:
   token = [0, 0, 1, 1, 1, 3, 3, 3, 4, 4, 4]
   n_token, transformer = (
     5,
-    dt.CrossAttTransformerConfig(
+    tp.CrossAttTransformerConfig(
       num_blocks=2,
-      attention=dt.CrossAttentionConfig(num_head=2, key_dim=4, value_dim=6),
+      attention=tp.CrossAttentionConfig(num_head=2, key_dim=4, value_dim=6),
     ),
   )
-  plan = atom_layout.build_window_plan(
+  plan = window_plan.build_window_plan(
     token, [0, 0, 1, 2, 0], num_queries=4, num_keys=8, num_slots=4
   )
   n_atom = plan.n_atom
-  config = aca.AtomCrossAttConfig(
+  config = af3.AtomCrossAttConfig(
     per_token_channels=8,
     per_atom_channels=6,
     per_atom_pair_channels=3,
@@ -246,9 +246,6 @@ def _atom_cross_att_case() -> Case:
     window_chunk=1,
   )
   system = systems.atom_cross_att(config, plan)
-  table = aca.atom_cross_att_parameters(
-    config, single_channels=5, pair_channels=4
-  )
   inputs = {
     'ref_pos': _normal(rng, n_atom, 3),
     'ref_mask': np.arange(n_atom) != 3,
@@ -263,8 +260,8 @@ def _atom_cross_att_case() -> Case:
   return Case(
     'af3_atom_encoder_decoder',
     system,
-    lambda **inputs: system.transformed.apply(
-      pm.haiku_parameters(table), **inputs
+    lambda **inputs: aca.atom_cross_att(
+      config, 'diffusion', **system.arguments(inputs)
     ),
     inputs,
     # The plan says which atoms are padding: see test_atom_cross_attention.py.
@@ -272,6 +269,7 @@ def _atom_cross_att_case() -> Case:
     bfloat16_system=systems.atom_cross_att(
       dataclasses.replace(config, bfloat16=True), plan
     ),
+    coordinates=('position_update',),
     degenerate={
       'no_conformer': {'ref_mask': np.zeros(n_atom, bool)},
       'coincident_atoms': {'ref_pos': np.zeros((n_atom, 3), np.float32)},
@@ -304,17 +302,17 @@ def _diffusion_head_case(
   config = dh.DiffusionHeadConfig(
     seq_channel=6,
     pair_channel=4,
-    atoms=aca.AtomCrossAttConfig(
+    atoms=af3.AtomCrossAttConfig(
       per_token_channels=8,
       per_atom_channels=6,
       per_atom_pair_channels=3,
-      atom_transformer=dt.CrossAttTransformerConfig(
+      atom_transformer=tp.CrossAttTransformerConfig(
         num_blocks=1,
-        attention=dt.CrossAttentionConfig(num_head=2, key_dim=4, value_dim=6),
+        attention=tp.CrossAttentionConfig(num_head=2, key_dim=4, value_dim=6),
       ),
     ),
-    transformer=dt.TransformerConfig(
-      attention=dt.SelfAttentionConfig(num_head=2, key_dim=6, value_dim=4),
+    transformer=tp.TransformerConfig(
+      attention=tp.SelfAttentionConfig(num_head=2, key_dim=6, value_dim=4),
       num_blocks=2,
       super_block_size=1,
       block_remat=True,
@@ -425,20 +423,20 @@ def _boltz_case(name: str, config: boltz_encoders.Config) -> Case:
     }
   token_inputs = ('single', 'pair', 'token_act', 'res_type', 'modified')
   token_inputs += ('mol_type',)
+  output = boltz_encoders.BoltzAtomAttentionOutput
   system = systems.boltz_atom_attention(config, n_token)
-  table = boltz_parameters.atom_attention_parameters(config)
   return Case(
     name,
     system,
-    lambda **inputs: system.transformed.apply(
-      pm.haiku_parameters(table), **inputs
+    lambda **inputs: boltz_encoders.atom_attention_outputs(
+      config, **system.arguments(inputs)
     ),
     inputs,
     paddings=(
       {
         'axes': {name: 0 for name in inputs if name not in token_inputs},
         'masks': ('atom_mask',),
-        'output_axes': {'tokens': None, 'atoms': 0, 'update': 0},
+        'output_axes': output(tokens=None, atoms=0, update=0),
         'padding': config.atoms_per_window_queries,
       },
     ),
@@ -450,12 +448,13 @@ def _boltz_case(name: str, config: boltz_encoders.Config) -> Case:
           if name in inputs
         },
         'index_of': ('atom_to_token',),
-        'output_axes': {'tokens': 0, 'atoms': None, 'update': None},
+        'output_axes': output(tokens=0, atoms=None, update=None),
       },
     ),
     bfloat16_system=systems.boltz_atom_attention(
       dataclasses.replace(config, bfloat16=True), n_token
     ),
+    coordinates=('update',),
     degenerate={
       'all_masked': {'atom_mask': np.zeros(n_atom, bool)},
       'one_window_masked': {'atom_mask': np.arange(n_atom) < 2},
@@ -617,7 +616,7 @@ CASES: dict[str, Case] = {
       'boltz2_atom_attention',
       boltz_encoders.Boltz2AtomAttentionConfig(
         **_BOLTZ_SIZES,
-        implementation='dense',
+        implementation='published',
         use_no_atom_char=True,
         use_atom_backbone_feat=True,
         use_residue_feats_atoms=True,

@@ -8,6 +8,7 @@ import inspect
 import os
 import pathlib
 import pkgutil
+import re
 import subprocess
 import sys
 
@@ -99,6 +100,78 @@ def test_public_name_has_its_own_docstring(package, name):
   assert doc
   assert not doc.startswith(f'{name}(')
   assert doc.splitlines()[0].rstrip()[-1] in '.:'
+
+
+def documented(doc: str, title: str) -> list[str] | None:
+  """Names of the entries of a block of a docstring; None without the block."""
+  lines = inspect.cleandoc(doc).split('\n')
+  if title not in lines:
+    return None
+  names = []
+  for line in lines[lines.index(title) + 1 :]:
+    if line and not line.startswith(' '):
+      break
+    entry = re.match(r' {2}((?:\*{0,2}\w+(?:, )?)+):', line)
+    names += entry[1].split(', ') if entry else []
+  return names
+
+
+def signature_arguments(function: ast.FunctionDef) -> list[str]:
+  given = function.args
+  names = [x.arg for x in (*given.posonlyargs, *given.args)]
+  names += [f'*{given.vararg.arg}'] if given.vararg else []
+  names += [x.arg for x in given.kwonlyargs]
+  names += [f'**{given.kwarg.arg}'] if given.kwarg else []
+  return [name for name in names if name not in ('self', 'cls')]
+
+
+def public_functions(tree: ast.AST, prefix: str = ''):
+  """Public functions, methods and classes of a module, with their names."""
+  for node in ast.iter_child_nodes(tree):
+    if not isinstance(node, ast.ClassDef | ast.FunctionDef):
+      continue
+    if not node.name.startswith('_'):
+      yield f'{prefix}{node.name}', node
+      if isinstance(node, ast.ClassDef):
+        yield from public_functions(node, f'{prefix}{node.name}.')
+
+
+def fields(classes: dict[str, ast.ClassDef], node: ast.AST) -> list[str]:
+  """Public annotated names of a class, or of a base in the same module."""
+  if isinstance(node, ast.Name):
+    node = classes.get(node.id, node)
+  names = [
+    ast.unparse(x.target)
+    for x in getattr(node, 'body', ())
+    if isinstance(x, ast.AnnAssign)
+  ]
+  return [name for name in names if not name.startswith('_')]
+
+
+@pytest.mark.parametrize('source', SOURCES)
+def test_documented_names_are_those_of_the_signature(source):
+  wrong = []
+  classes = {
+    x.name: x for x in ast.walk(SOURCES[source]) if isinstance(x, ast.ClassDef)
+  }
+  for name, node in public_functions(SOURCES[source]):
+    doc = ast.get_docstring(node) or ''
+    if isinstance(node, ast.FunctionDef):
+      named, taken = documented(doc, 'Args:'), signature_arguments(node)
+    elif 'Attributes:' in doc:
+      # Another default of an inherited field needs no words.
+      inherited = {x for base in node.bases for x in fields(classes, base)}
+      named = sorted(documented(doc, 'Attributes:') or ())
+      taken = sorted(x for x in fields(classes, node) if x not in inherited)
+    else:
+      named, taken = documented(doc, 'Args of the constructor:'), None
+      for own in node.body:
+        if isinstance(own, ast.FunctionDef) and own.name == '__init__':
+          taken = signature_arguments(own)
+    # A constructor may be inherited.
+    if named is not None and taken is not None and named != taken:
+      wrong.append(f'{name}: documents {named}, takes {taken}')
+  assert not wrong
 
 
 def test_import_leaves_optional_packages_alone():

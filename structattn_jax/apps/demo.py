@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from structattn_jax import data, testing
+from structattn_jax.network import pallatom
 from structattn_jax.network.alphafold2 import invariant_point_attention as ipa
-from structattn_jax.network.pallatom import atom_transformers as pallatom
 from structattn_jax.network.sedd import dual_track as sedd
 from structattn_jax.network.seeds import token_atom_attention as taa
 from structattn_jax.network.seeds import token_attention_pool as boltz
@@ -390,7 +390,7 @@ def _cross_attention_experiment(
   atom_axes = {'atoms': 0, 'atom_to_token': 0, 'atom_mask': 0}
   output_axes = taa.TokenAtomAttentionOutput(atoms=_ROWS, tokens=_WHOLE)
   return Experiment(
-    systems.atom_cross_attention(
+    systems.token_atom_attention(
       taa.TokenAtomAttentionConfig(
         max_atoms_per_token=_max_atoms_per_token(features)
       )

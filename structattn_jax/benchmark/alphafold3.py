@@ -4,17 +4,18 @@
 3 + 3 blocks of 4 heads, windows of 32 x 128 atoms. 'protein' has about 8 atoms
 per token, 'ligand' one. From 4096 tokens on there is no trunk pair.
 Candidates:
-  lean: `network.atom_cross_attention`, on flat atoms padded to a bucket.
+  blocked: `cached_atom_cross_att`, on flat atoms padded to a bucket.
   tight: the published formulation, its flat list padded to the atoms.
   shipped: the published formulation as released, padded to 24 atoms per token.
     The baseline.
 
 'forward' is encoder and decoder of one diffusion step, everything computed.
 'cached step' is the same with what is constant over steps and samples given to
-'lean'; the others have nothing of the kind and compute all of it. '5 samples'
-is a cached step of five samples at once. 'forward+backward' returns the value
-of a scalar and its gradient with respect to parameters, positions, trunk single
-and pair, and token activations. 'growth' is 'lean' alone, up to 100,000 atoms.
+'blocked'; the others have nothing of the kind and compute all of it. '5
+samples' is a cached step of five samples at once. 'forward+backward' returns
+the value of a scalar and its gradient with respect to parameters, positions,
+trunk single and pair, and token activations. 'growth' is 'blocked' alone, up to
+100,000 atoms.
 
 The notes say by what factor a candidate needs less CPU time than the baseline.
 """
@@ -28,9 +29,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from structattn_jax.benchmark import harness
-from structattn_jax.components import parameters as pm
-from structattn_jax.network.alphafold3 import atom_layout
-from structattn_jax.network.alphafold3 import cached_atom_attention as aca
+from structattn_jax.network.alphafold3 import atom_cross_attention as af3
+from structattn_jax.network.alphafold3 import (
+  atom_layout,
+  cached_atom_attention,
+  dense_atom_attention,
+  window_plan,
+)
 
 Mode = Literal[
   'forward', 'cached step', '5 samples', 'forward+backward', 'growth'
@@ -42,7 +47,7 @@ MODES: tuple[Mode, ...] = (
   'forward+backward',
   'growth',
 )
-CANDIDATES = ('lean', 'tight', 'shipped')
+CANDIDATES = ('blocked', 'tight', 'shipped')
 KINDS = ('protein', 'ligand')
 SIZES = (256, 1024, 4096)
 # About 12,500 to 100,000 atoms.
@@ -61,6 +66,8 @@ _MOST_TOKENS_BACKWARD = 1024
 _LARGEST_CHECKED = 256
 
 Arguments = tuple[Any, ...]
+
+_CACHED = cached_atom_attention.cached_atom_cross_att()
 
 
 def run(
@@ -89,7 +96,7 @@ def run(
       sizes = GROWTH_SIZES if mode == 'growth' else SIZES
       for n_token in QUICK_SIZES if quick else sizes:
         rows += _case(mode, kind, n_token, quick=quick, rss=rss)
-    baseline = 'lean' if mode == 'growth' else CANDIDATES[-1]
+    baseline = 'blocked' if mode == 'growth' else CANDIDATES[-1]
     title = f'AF3 atom cross attention, {mode}'
     tables.append(
       harness.Table(title=title, baseline=baseline, rows=tuple(rows))
@@ -168,13 +175,10 @@ def inputs(mode: Mode, kind: str, n_token: int) -> Arguments:
   }
   if with_pair:
     floats['pair'] = normal(n_token, n_token, 128)
-  table = aca.atom_cross_att_parameters(
-    aca.AtomCrossAttConfig(), pair_channels=128 if with_pair else None
-  )
   # Nothing is left at zero.
   params = jax.tree.map(
     lambda x: x + 0.05 * normal(*x.shape),
-    pm.init_parameters(table, jax.random.key(0)),
+    _CACHED.init(jax.random.key(0), pair_channels=128 if with_pair else None),
   )
   params, batch, tight, floats = jax.tree.map(
     jnp.asarray, (params, batch, tight, floats)
@@ -189,11 +193,11 @@ def features(
   kind: str, n_token: int, rng: np.random.Generator
 ) -> dict[str, np.ndarray]:
   """Upstream's dense features of a made-up complex."""
-  mask = np.zeros((n_token, atom_layout.NUM_SLOTS), bool)
+  mask = np.zeros((n_token, window_plan.NUM_SLOTS), bool)
   uid = np.arange(n_token, dtype=np.int32)
   if kind == 'protein':
     counts = rng.choice(_ATOMS_PER_RESIDUE, n_token)
-    mask[:] = np.arange(atom_layout.NUM_SLOTS) < counts[:, None]
+    mask[:] = np.arange(window_plan.NUM_SLOTS) < counts[:, None]
   else:
     mask[:, 0] = True
     uid //= _TOKENS_PER_LIGAND
@@ -225,9 +229,11 @@ def expected(mode: Mode, args: Arguments) -> Any:
 
 def function(mode: Mode, candidate: str) -> Callable[..., Any]:
   """A candidate as a function of `inputs`."""
-  implementation = 'lean' if candidate == 'lean' else 'published'
-  config = aca.AtomCrossAttConfig(implementation=implementation)
-  cached = candidate == 'lean' and mode in ('cached step', '5 samples')
+  implementation = 'blocked' if candidate == 'blocked' else 'published'
+  encode, decode = dense_atom_attention.dense_atom_cross_att(
+    af3.AtomCrossAttConfig(implementation=implementation)
+  )
+  cached = candidate == 'blocked' and mode in ('cached step', '5 samples')
 
   def forward(params, batch, tight, conditioning, floats):
     own = tight if candidate == 'tight' else batch
@@ -235,18 +241,9 @@ def function(mode: Mode, candidate: str) -> Callable[..., Any]:
     def one(positions, token_act):
       if cached:
         return _step(params, own.plan, conditioning, positions, token_act)
-      encoded = aca.atom_cross_att_encoder(
-        params,
-        own,
-        positions,
-        floats['single'],
-        floats.get('pair'),
-        config=config,
-      )
-      update = aca.atom_cross_att_decoder(
-        params, own, token_act, encoded, config=config
-      )
-      return encoded.token_act, update
+      trunk = (floats['single'], floats.get('pair'))
+      encoded = encode(params, own, positions, *trunk)
+      return encoded.token_act, decode(params, own, token_act, encoded)
 
     if mode == '5 samples':
       one = jax.vmap(one)
@@ -268,14 +265,17 @@ def function(mode: Mode, candidate: str) -> Callable[..., Any]:
 def _precompute(params, batch, floats):
   plan = batch.plan
   ref = jax.tree.map(lambda x: atom_layout.atoms_from_dense(plan, x), batch.ref)
-  return aca.precompute(params, plan, ref, floats['single'], floats.get('pair'))
+  return _CACHED.precompute(
+    params, plan, ref, floats['single'], floats.get('pair')
+  )
 
 
 def _step(params, plan, conditioning, positions, token_act):
-  encoding = aca.encode(
-    params, conditioning, atom_layout.atoms_from_dense(plan, positions)
+  positions = atom_layout.atoms_from_dense(plan, positions)
+  encoding = _CACHED.encode(params, conditioning, positions)
+  update = _CACHED.decode(
+    params, conditioning, token_act, encoding.skip_connection
   )
-  update = aca.decode(params, conditioning, token_act, encoding.skip_connection)
   return encoding.token_act, atom_layout.atoms_to_dense(plan, update)
 
 

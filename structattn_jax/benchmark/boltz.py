@@ -2,7 +2,7 @@
 
 128 channels of atoms, 16 of their pairs, windows of 32 x 128, 3 layers of 4
 heads each; 8 atoms per token. Candidates:
-  lean: `transform_boltz_atom_attention`.
+  cached: `network.boltz.cached_atom_attention`.
   published: the released computation written out: one-hot matrices for windows
     and tokens, projections of keys after windows are formed, the pair of all
     windows.
@@ -14,10 +14,9 @@ heads each; 8 atoms per token. Candidates:
 'forward' is the encoder from features to tokens; 'forward+backward' returns the
 value of a scalar and its gradient with respect to parameters, single, pair and
 positions; a 'step' is encoder and decoder of one denoising step, with all that
-samples share computed before ('boltz': its own cache); on CPU 'lean' takes one
-sample after the other; 'input embedding' is the
-encoder without trunk and positions. Where a float64 reference would not fit,
-nothing is checked.
+samples share computed before ('boltz': its own cache); on CPU 'cached' takes
+one sample after the other; 'input embedding' is the encoder without trunk and
+positions. Where a float64 reference would not fit, nothing is checked.
 """
 
 import functools
@@ -68,8 +67,8 @@ def candidates() -> tuple[str, ...]:
   """Names of what can run here; the last is the baseline."""
   packages = ('torch', 'boltz', 'fairscale', 'einops', 'scipy')
   if all(importlib.util.find_spec(name) is not None for name in packages):
-    return ('lean', 'published', 'boltz')
-  return ('lean', 'published')
+    return ('cached', 'published', 'boltz')
+  return ('cached', 'published')
 
 
 def run(
@@ -135,7 +134,7 @@ def inputs(mode: Mode, n_atom: int) -> tuple[Any, ...]:
   """params, features and what the mode takes; the same for all candidates.
 
   A step takes positions and what is decoded, with a leading axis of samples;
-  what samples share is the last argument, `lean`'s in its context.
+  what samples share is the last argument, that of 'cached' in its context.
   """
   rng = np.random.default_rng(0)
   config = _config(mode)
@@ -173,7 +172,7 @@ def inputs(mode: Mode, n_atom: int) -> tuple[Any, ...]:
   if mode in ('forward', 'forward+backward'):
     return params, features, single, pair, normal(n_atom, 3)
   samples = 5 if mode == 'step, 5 samples' else 1
-  precompute = be.transform_boltz_atom_attention(config).precompute
+  precompute = be.cached_atom_attention(config).precompute
   context = jax.jit(precompute)(params, features, single, pair)
   positions = normal(samples, n_atom, 3)
   token_act = normal(samples, n_token, 2 * config.token_s)
@@ -182,14 +181,7 @@ def inputs(mode: Mode, n_atom: int) -> tuple[Any, ...]:
 
 def expected(mode: Mode, args: Sequence[Any]) -> Any:
   """The result of 'published' in float64, of the float32 arguments."""
-  with jax.enable_x64(True):
-    wide = jax.tree.map(
-      lambda x: (
-        np.asarray(x, np.float64) if x.dtype == np.float32 else np.asarray(x)
-      ),
-      tuple(args),
-    )
-    return jax.tree.map(np.asarray, jax.jit(function(mode, 'published'))(*wide))
+  return harness.in_float64(function(mode, 'published'), args)
 
 
 def _config(mode: Mode) -> be.Boltz1AtomAttentionConfig:
@@ -209,7 +201,7 @@ def _candidate(mode: Mode, name: str) -> Callable[..., Any] | harness.External:
 def function(mode: Mode, candidate: str) -> Callable[..., Any]:
   """A JAX candidate as a function of `inputs`."""
   config = _config(mode)
-  _, precompute, encode, decode = be.transform_boltz_atom_attention(config)
+  _, precompute, encode, decode = be.cached_atom_attention(config)
 
   def forward(params, features, single=None, pair=None, positions=None):
     if candidate == 'published':
@@ -249,7 +241,7 @@ def function(mode: Mode, candidate: str) -> Callable[..., Any]:
     del single, pair  # In the context.
 
     def one(positions, token_act):
-      if candidate == 'lean':
+      if candidate == 'cached':
         encoded = encode(params, context, positions)
         return encoded.tokens, decode(params, context, token_act, encoded.atoms)
       shared = (context.queries, context.conditioning, context.encoder.biases)
@@ -257,7 +249,7 @@ def function(mode: Mode, candidate: str) -> Callable[..., Any]:
       shared = (atoms, context.conditioning, context.decoder.biases)
       return tokens, _published_decode(params, features, shared, token_act)
 
-    if candidate == 'lean' and jax.default_backend() == 'cpu':
+    if candidate == 'cached' and jax.default_backend() == 'cpu':
       return jax.lax.map(lambda x: one(*x), (positions, token_act))
     return jax.vmap(one)(positions, token_act)
 

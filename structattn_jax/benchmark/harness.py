@@ -210,6 +210,18 @@ def _compile(
   ), program
 
 
+def in_float64(fn: Callable[..., Any], args: Sequence[Any]) -> Any:
+  """The result of `fn`, jitted, in float64 of float32 arguments."""
+  with jax.enable_x64(True):
+    wide = jax.tree.map(
+      lambda x: (
+        np.asarray(x, np.float64) if x.dtype == np.float32 else np.asarray(x)
+      ),
+      tuple(args),
+    )
+    return jax.tree.map(np.asarray, jax.jit(fn)(*wide))
+
+
 def max_relative_error(got: Any, want: Any) -> float:
   """Largest error over the leaves, each relative to its largest entry."""
 

@@ -7,6 +7,9 @@ import jax.numpy as jnp
 
 Axis = int | tuple[int, ...]
 
+# Of all layer norms: AlphaFold's, Boltz's, torch's and Haiku's own.
+LAYER_NORM_EPSILON = 1e-5
+
 
 def at_least_float32(x: Any) -> jax.Array:
   """Returns `x` as float32, or float64 if it is float64 already."""
@@ -62,7 +65,9 @@ def safe_norm(
   return jnp.sqrt(jnp.sum(jnp.square(at_least_float32(x)), axis) + epsilon)
 
 
-def layer_norm(x: jax.Array, *, epsilon: float = 1e-5) -> jax.Array:
+def layer_norm(
+  x: jax.Array, *, epsilon: float = LAYER_NORM_EPSILON
+) -> jax.Array:
   """Layer norm over the last axis without scale or offset.
 
   y = (x - mean) / sqrt(var + epsilon), biased variance, two passes.

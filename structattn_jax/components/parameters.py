@@ -92,6 +92,24 @@ def stack(table: Table, *sizes: int, prefix: str = '') -> Table:
   }
 
 
+def nest(table: Table, scope: str) -> Table:
+  """The table of a module whose path is `scope`; `below` is the inverse.
+
+  >>> sorted(nest({'b/c': {}, 'd': {}}, 'a/'))
+  ['a/b/c', 'a/d']
+  """
+  return {f'{scope}{module}': arrays for module, arrays in table.items()}
+
+
+def numbered(table: Table, name: str, number: int) -> Table:
+  """The table of `number` modules of one kind, `name`_0, `name`_1, ..."""
+  return {
+    module: arrays
+    for i in range(number)
+    for module, arrays in nest(table, f'{name}_{i}/').items()
+  }
+
+
 def haiku_parameters(
   table: Table, dtype: Any = jnp.float32
 ) -> dict[str, dict[str, jax.Array]]:

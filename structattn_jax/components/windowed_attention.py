@@ -44,21 +44,6 @@ def attend(
   return _combine(weights, jnp.swapaxes(v, 1, 2)).astype(v.dtype)
 
 
-def reference_attention(
-  q: jax.Array,
-  k: jax.Array,
-  v: jax.Array,
-  bias: jax.Array,
-  key_start: jax.Array,
-) -> jax.Array:
-  """`windowed_attention` of all windows at once, differentiated by JAX."""
-  n_window, _, n_query, _ = bias.shape
-  by_window = q.reshape(n_window, n_query, *q.shape[1:])
-  weights, _ = _weights(by_window, _windows(k, key_start, bias), bias)
-  out = _combine(weights, _windows(v, key_start, bias))
-  return out.reshape(q.shape[0], *out.shape[2:]).astype(v.dtype)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def windowed_attention(
   chunk: int,

@@ -7,7 +7,7 @@ its centre:
   offset = (num_queries - num_keys) / 2
 
 Positions outside of x are zero. This is Boltz's rule and that of AF3's paper;
-AF3's code shifts its edge windows inward (`network/atom_layout.py`).
+AF3's code shifts its edge windows inward (`alphafold3/window_plan.py`).
 """
 
 import jax

@@ -23,10 +23,11 @@ import numpy as np
 
 from structattn_jax import checkpoint
 from structattn_jax.checkpoint import CheckpointError
+from structattn_jax.common import files
 from structattn_jax.convert import record_file
-from structattn_jax.network.alphafold3 import cached_atom_attention as aca
+from structattn_jax.network.alphafold3 import atom_cross_attention as published
 from structattn_jax.network.alphafold3 import diffusion_head as dh
-from structattn_jax.network.alphafold3 import diffusion_transformer as dt
+from structattn_jax.network.alphafold3 import transformer_parameters as tp
 
 Copy = Literal['diffusion', 'evoformer_conditioning']
 
@@ -180,7 +181,8 @@ def load_atom_cross_att(
   *,
   scope: str | None = None,
   model: str | None = None,
-) -> tuple[aca.AtomCrossAttConfig, hk.Params]:
+  allow_nan: bool = False,
+) -> tuple[published.AtomCrossAttConfig, hk.Params]:
   """Reads one copy of the atom encoder, with its decoder if it has one.
 
   Args:
@@ -188,57 +190,72 @@ def load_atom_cross_att(
     copy: 'diffusion' or 'evoformer_conditioning'.
     scope: module path in front of the names; None takes the published one.
     model: which model of a folder with several.
+    allow_nan: whether values may be infinite or no numbers.
 
   Returns:
     The configuration, and parameters as float32 NumPy arrays for the functions
-    of `network.atom_cross_attention` with `name=copy`.
+    of `network.alphafold3` with `prefix=copy`.
 
   Raises:
-    CheckpointError: if files are missing or damaged; or if entries are
-      missing, unknown or of a wrong shape or dtype, listing all of them.
+    CheckpointError: if files are missing or damaged; if entries are missing,
+      unknown, twice with other values, or of a wrong shape or dtype, listing
+      them; or if values are not finite.
     ImportError: if the file is compressed and zstandard is not installed.
   """
   if copy not in SCOPES:
     raise ValueError(f'copy: expected one of {[*SCOPES]}, got {copy!r}')
-  scope = SCOPES[copy] if scope is None else scope.strip('/')
-  outer = f'{scope}/' if scope else ''
-  params, sizes = _load(
-    path, model, outer, f'{outer}{copy}_', atom_cross_att_table(copy)
-  )
-  return _atom_config(sizes, has_decoder=copy == 'diffusion'), params
+  with files.guard(path, CheckpointError):
+    scope = SCOPES[copy] if scope is None else scope.strip('/')
+    outer = f'{scope}/' if scope else ''
+    params, sizes = _load(
+      path,
+      model,
+      outer,
+      f'{outer}{copy}_',
+      atom_cross_att_table(copy),
+      allow_nan,
+    )
+    return _atom_config(sizes, has_decoder=copy == 'diffusion'), params
 
 
+@files.guarded(CheckpointError)
 def load_transformer(
   path: checkpoint.Path,
   *,
   scope: str = TRANSFORMER_SCOPE,
   model: str | None = None,
-) -> tuple[dt.TransformerConfig, hk.Params]:
+  allow_nan: bool = False,
+) -> tuple[tp.TransformerConfig, hk.Params]:
   """Reads the token transformer of the diffusion head.
 
   Args:
     path: a folder, the file of a model, or any of its shards.
     scope: its module path.
     model: which model of a folder with several.
+    allow_nan: whether values may be infinite or no numbers.
 
   Returns:
     The configuration, and parameters as float32 NumPy arrays for
-    `network.diffusion_transformer.transformer`.
+    `network.alphafold3.diffusion_transformer.transformer`.
 
   Raises:
     CheckpointError: as `load_atom_cross_att`.
     ImportError: as `load_atom_cross_att`.
   """
   outer = f'{scope.strip("/")}/'
-  params, sizes = _load(path, model, outer, outer, transformer_table())
+  params, sizes = _load(
+    path, model, outer, outer, transformer_table(), allow_nan
+  )
   return _transformer_config(sizes, ''), params
 
 
+@files.guarded(CheckpointError)
 def load_diffusion_head(
   path: checkpoint.Path,
   *,
   scope: str = _DIFFUSION_HEAD,
   model: str | None = None,
+  allow_nan: bool = False,
 ) -> tuple[dh.DiffusionHeadConfig, hk.Params]:
   """Reads the whole diffusion head.
 
@@ -246,6 +263,7 @@ def load_diffusion_head(
     path: a folder, the file of a model, or any of its shards.
     scope: its module path.
     model: which model of a folder with several.
+    allow_nan: whether values may be infinite or no numbers.
 
   Returns:
     The configuration, and parameters as float32 NumPy arrays for
@@ -256,7 +274,9 @@ def load_diffusion_head(
     ImportError: as `load_atom_cross_att`.
   """
   outer = f'{scope.strip("/")}/'
-  params, sizes = _load(path, model, outer, outer, diffusion_head_table())
+  params, sizes = _load(
+    path, model, outer, outer, diffusion_head_table(), allow_nan
+  )
   transformer = _transformer_config(sizes, "''")
   config = dh.DiffusionHeadConfig(
     seq_channel=sizes['Q'],
@@ -306,10 +326,10 @@ def save_params(
 
 def _atom_config(
   sizes: Mapping[str, int], *, has_decoder: bool
-) -> aca.AtomCrossAttConfig:
+) -> published.AtomCrossAttConfig:
   encoder = _cross_att_config(sizes, '')
   decoder = _cross_att_config(sizes, "'") if has_decoder else encoder
-  return aca.AtomCrossAttConfig(
+  return published.AtomCrossAttConfig(
     per_token_channels=sizes['D'],
     per_atom_channels=sizes['C'],
     per_atom_pair_channels=sizes['P'],
@@ -320,10 +340,10 @@ def _atom_config(
 
 def _transformer_config(
   sizes: Mapping[str, int], own: str
-) -> dt.TransformerConfig:
+) -> tp.TransformerConfig:
   head, key, value, factor = (sizes[x + own] for x in 'HKVF')
-  return dt.TransformerConfig(
-    attention=dt.SelfAttentionConfig(
+  return tp.TransformerConfig(
+    attention=tp.SelfAttentionConfig(
       num_head=head, key_dim=head * key, value_dim=head * value
     ),
     num_blocks=sizes['N'] * sizes['B'],
@@ -334,12 +354,12 @@ def _transformer_config(
 
 def _cross_att_config(
   sizes: Mapping[str, int], own: str
-) -> dt.CrossAttTransformerConfig:
+) -> tp.CrossAttTransformerConfig:
   blocks, head, key, value, factor = (sizes[x + own] for x in 'LHKVF')
-  return dt.CrossAttTransformerConfig(
+  return tp.CrossAttTransformerConfig(
     num_intermediate_factor=factor,
     num_blocks=blocks,
-    attention=dt.CrossAttentionConfig(
+    attention=tp.CrossAttentionConfig(
       num_head=head, key_dim=head * key, value_dim=head * value
     ),
   )
@@ -373,6 +393,7 @@ def _load(
   outer: str,
   prefix: str,
   table: Table,
+  allow_nan: bool,
 ) -> tuple[hk.Params, dict[str, int]]:
   """Reads all below `prefix`, without `outer`, and checks it."""
   arrays: dict[tuple[str, str], np.ndarray] = {}
@@ -386,8 +407,13 @@ def _load(
   last = ''
   for record in record_file.read_records(path, keep=keep, model=model):
     last = f'{record.scope}//{record.name}'
-    # As published: what comes later wins.
-    arrays[record.scope.removeprefix(outer), record.name] = record.array
+    key = (record.scope.removeprefix(outer), record.name)
+    # The published reader takes the last one.
+    known = arrays.setdefault(key, record.array)
+    if known.dtype != record.array.dtype or not np.array_equal(
+      known, record.array, equal_nan=True
+    ):
+      raise CheckpointError(f'{path}: {last} occurs twice, with other values')
   if not arrays:
     found = ', '.join(list(others)[:3])
     raise CheckpointError(
@@ -425,7 +451,15 @@ def _load(
       cut = f' (the last record of them is {last}; is the file cut after it?)'
     raise CheckpointError(
       f'{path}: does not fit the AlphaFold 3 parameters {prefix}...{cut}: '
-      f'{"; ".join(problems)}'
+      f'{files.listed(problems)}'
+    )
+  if not allow_nan:
+    checkpoint.check_finite(
+      path,
+      {
+        f'{outer}{module}//{name}': array
+        for (module, name), array in known.items()
+      },
     )
   params: dict[str, Any] = {}
   for module, name in table:

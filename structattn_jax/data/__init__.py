@@ -36,12 +36,6 @@ from structattn_jax.data.feature_types import (
   TokenFeatures,
 )
 from structattn_jax.data.features import featurise, protein_only
-from structattn_jax.data.pair_batches import (
-  PairBatch,
-  PairBatches,
-  cover_pairs,
-  pad_tokens,
-)
 from structattn_jax.data.protein_ligand import (
   EncodedPairs,
   EncodingReport,
@@ -50,6 +44,11 @@ from structattn_jax.data.protein_ligand import (
   bundled_pairs,
   encode_pairs,
   read_pairs,
+)
+from structattn_jax.data.sedd import (
+  PairBatches,
+  cover_pairs,
+  pad_tokens,
 )
 from structattn_jax.data.structures import (
   LigandSmiles,
@@ -78,7 +77,6 @@ __all__ = (
   'ExampleFiles',
   'LigandEntry',
   'LigandSmiles',
-  'PairBatch',
   'PairBatches',
   'PairFileError',
   'ProteinFeatures',

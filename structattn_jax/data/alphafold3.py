@@ -43,7 +43,7 @@ from structattn_jax.data import (
   structures,
 )
 from structattn_jax.data.feature_types import ComplexFeatures
-from structattn_jax.network.alphafold3 import atom_layout
+from structattn_jax.network.alphafold3 import atom_layout, window_plan
 
 _N_NAME_CHARS = 4
 # Angstrom; glycosidic bonds are shorter, contacts longer.
@@ -163,7 +163,7 @@ def featurise_alphafold3(
 
 def alphafold3_windows(
   complex_features: ComplexFeatures, **options: Any
-) -> tuple[atom_layout.WindowPlan, atom_layout.RefStructure]:
+) -> tuple[window_plan.WindowPlan, window_plan.RefStructure]:
   """The flat layout for `precompute`, `encode` and `decode`.
 
   Args:
@@ -179,10 +179,10 @@ def alphafold3_windows(
   """
   atoms, tokens = complex_features.atoms, complex_features.tokens
   if not np.asarray(atoms.mask).all() and options.get('n_atom') is None:
-    num_queries = options.get('num_queries', atom_layout.NUM_QUERIES)
-    least = max(len(atoms.mask), options.get('num_keys', atom_layout.NUM_KEYS))
+    num_queries = options.get('num_queries', window_plan.NUM_QUERIES)
+    least = max(len(atoms.mask), options.get('num_keys', window_plan.NUM_KEYS))
     options['n_atom'] = -(-least // num_queries) * num_queries
-  plan = atom_layout.build_window_plan(
+  plan = window_plan.build_window_plan(
     atoms.token_index,
     tokens.residue_uid,
     atoms.mask,
@@ -191,10 +191,10 @@ def alphafold3_windows(
   )
   n_real = int(plan.num_atoms)
   ref: dict[str, Any] = {
-    name: atom_layout.pad_atoms(plan, np.asarray(getattr(atoms, name))[:n_real])
+    name: window_plan.pad_atoms(plan, np.asarray(getattr(atoms, name))[:n_real])
     for name in _REFERENCE
   }
-  return plan, atom_layout.RefStructure(**ref)
+  return plan, window_plan.RefStructure(**ref)
 
 
 def alphafold3_batch(
@@ -220,7 +220,7 @@ def alphafold3_batch(
 
   def dense(values: Any) -> np.ndarray:
     values = np.asarray(values)[real]
-    shape = (n_token, atom_layout.NUM_SLOTS, *values.shape[1:])
+    shape = (n_token, window_plan.NUM_SLOTS, *values.shape[1:])
     result = np.zeros(shape, values.dtype)
     result[index] = values
     return result
@@ -232,7 +232,7 @@ def alphafold3_batch(
   uid = np.asarray(tokens.residue_uid)[:, None]
   return {
     **{name: dense(getattr(atoms, name)) for name in _REFERENCE},
-    'ref_space_uid': np.repeat(uid, atom_layout.NUM_SLOTS, axis=1),
+    'ref_space_uid': np.repeat(uid, window_plan.NUM_SLOTS, axis=1),
     'pred_dense_atom_mask': mask,
     **gathers.to_batch(),
   }

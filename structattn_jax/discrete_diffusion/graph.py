@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from structattn_jax.common import numerics
-from structattn_jax.network.sedd import dual_track as sedd_dual_track
 
 GraphKind = Literal['absorbing', 'uniform']
 
@@ -97,9 +97,7 @@ class Absorbing:
     self, logits: jax.Array, tokens: jax.Array, sigma: jax.Array
   ) -> jax.Array:
     """[..., dim] log score from the logits [..., dim] of a network."""
-    return sedd_dual_track.log_score(
-      logits, tokens, sigma, scale_by_sigma=self.scale_by_sigma
-    )
+    return log_score(logits, tokens, sigma, scale_by_sigma=self.scale_by_sigma)
 
   def score_entropy(
     self,
@@ -218,9 +216,7 @@ class Uniform:
     self, logits: jax.Array, tokens: jax.Array, sigma: jax.Array
   ) -> jax.Array:
     """[..., dim] logits of a network, with zero at the token itself."""
-    return sedd_dual_track.log_score(
-      logits, tokens, sigma, scale_by_sigma=False
-    )
+    return log_score(logits, tokens, sigma, scale_by_sigma=False)
 
   def score_entropy(
     self,
@@ -280,6 +276,45 @@ def make_graph(kind: GraphKind, dim: int) -> Graph:
   if kind not in kinds:
     raise ValueError(f'kind: expected one of {", ".join(kinds)}, got {kind!r}')
   return kinds[kind](dim)
+
+
+def log_score(
+  logits: jax.Array,
+  tokens: jax.Array,
+  sigma: jax.Array,
+  *,
+  scale_by_sigma: bool = True,
+) -> jax.Array:
+  """SEDD's output: log p_sigma(v) / p_sigma(x) for one changed token.
+
+    s_v = logit_v - log(e^sigma - 1) - log(n_vocab - 1),    s_x = 0
+
+  These are not probabilities. For the uniform graph the subtraction is left
+  out.
+
+  Args:
+    logits: [..., n, n_vocab] float.
+    tokens: [..., n] integer, the input of the network.
+    sigma: float that broadcasts against `tokens`, total noise: [] for one
+      sequence, [batch, 1] for a batch.
+    scale_by_sigma: whether to subtract; True for absorbing graphs.
+
+  Returns:
+    [..., n, n_vocab], at least float32.
+  """
+  logits = numerics.at_least_float32(logits)
+  n_vocab = logits.shape[-1]
+  if scale_by_sigma:
+    offset = log_expm1(jnp.asarray(sigma, logits.dtype))
+    logits -= offset[..., None] + np.log(n_vocab - 1)
+  # A comparison with the index, so that no one-hot array is made.
+  index = jax.lax.broadcasted_iota(tokens.dtype, logits.shape, logits.ndim - 1)
+  return jnp.where(index == tokens[..., None], 0, logits)
+
+
+def log_expm1(x: jax.Array) -> jax.Array:
+  """log(e^x - 1) for x >= 0, accurate near 0 and without overflow."""
+  return x + jnp.log(-jnp.expm1(-x))
 
 
 def _check_dim(graph: Any) -> None:

@@ -27,26 +27,10 @@ from structattn_jax.common import numerics
 from structattn_jax.discrete_diffusion import graph as graph_lib
 from structattn_jax.discrete_diffusion import noise as noise_lib
 from structattn_jax.network.sedd import dual_track as network
+from structattn_jax.network.sedd import single_track
+from structattn_jax.network.sedd.dual_track import ProteinLigand
 
 Reduction = Literal['tokens', 'positions', 'sequences']
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class ProteinLigand:
-  """Tokens of a batch of complexes.
-
-  Attributes:
-    protein: [B, n_protein] int32; None if a mode does not need it.
-    ligand: [B, n_ligand] int32; likewise.
-    protein_mask: [B, n_protein] bool, True = real token; None = all real.
-    ligand_mask: [B, n_ligand] bool, True = real token; None = all real.
-  """
-
-  protein: jax.Array | None = None
-  ligand: jax.Array | None = None
-  protein_mask: jax.Array | None = None
-  ligand_mask: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -142,7 +126,7 @@ def score_entropy(
   if graph.scale_by_sigma:
     shift = -np.log(graph.dim - 1)
   else:
-    shift = network.log_expm1(sigma)
+    shift = graph_lib.log_expm1(sigma)
 
   @jax.checkpoint
   def absorbed_entropy(logits, sigma, shift):
@@ -310,7 +294,7 @@ def dual_track_loss(
 
 
 def sedd_loss(
-  config: network.SeddConfig,
+  config: single_track.SeddConfig,
   params: hk.Params,
   clean: jax.Array,
   noised: jax.Array,
@@ -341,7 +325,7 @@ def sedd_loss(
   """
   graph = graph or graph_lib.Absorbing(config.vocab)
   sigma, rate = noise.total(t), noise.rate(t)
-  apply = network.transform_sedd(config).apply
+  apply = single_track.transform_sedd(config).apply
   keys = None
   if dropout_key is not None:
     keys = jax.random.split(dropout_key, len(clean))

@@ -72,7 +72,7 @@ def atom_cross_att(
   atoms: dict[str, np.ndarray],
   n_token: int,
   *,
-  name: str = 'diffusion',
+  prefix: str = 'diffusion',
   num_queries: int = 32,
   num_keys: int = 128,
   padded_keys: str = 'official',
@@ -89,19 +89,19 @@ def atom_cross_att(
   """
 
   def weights(leaf: str) -> np.ndarray:
-    return params[f'{name}_{leaf}']['weights']
+    return params[f'{prefix}_{leaf}']['weights']
 
   keep = np.asarray(atoms['mask'], bool)
   token = atoms['token_index']
   single = _atom_features(weights, atoms)
   if trunk_single_cond is not None:
-    scale = params[f'{name}_lnorm_trunk_single_cond']['scale']
+    scale = params[f'{prefix}_lnorm_trunk_single_cond']['scale']
     normalised = numerics.layer_norm(trunk_single_cond, scale)
     single = single + (normalised @ weights('embed_trunk_single_cond'))[token]
   single = single * keep[:, None]
   token_pair = None
   if trunk_pair_cond is not None:
-    scale = params[f'{name}_lnorm_trunk_pair_cond']['scale']
+    scale = params[f'{prefix}_lnorm_trunk_pair_cond']['scale']
     normalised = numerics.layer_norm(trunk_pair_cond, scale)
     token_pair = normalised @ weights('embed_trunk_pair_cond')
 
@@ -123,7 +123,7 @@ def atom_cross_att(
   ]
 
   def transform(act: np.ndarray, part: str) -> np.ndarray:
-    scope = f'{name}_atom_transformer_{part}'
+    scope = f'{prefix}_atom_transformer_{part}'
     return keep[:, None] * _atom_transformer(
       params, scope, act, single, keep, rows, pairs, padded_keys
     )
@@ -143,7 +143,7 @@ def atom_cross_att(
   if token_act is not None:
     by_token = token_act @ weights('project_token_features_for_broadcast')
     act = transform((by_token[token] + skip) * keep[:, None], 'decoder')
-    scale = params[f'{name}_atom_features_layer_norm']['scale']
+    scale = params[f'{prefix}_atom_features_layer_norm']['scale']
     update = numerics.layer_norm(act, scale)
     update = update @ weights('atom_features_to_position_update')
     found['position_update'] = update * keep[:, None]
@@ -174,7 +174,7 @@ def _atom_pairs(
   query: np.ndarray,
   key: np.ndarray,
 ) -> np.ndarray:
-  """Lines 3-6 and 9-14 of Alg. 5 for one window; [query, key, c_pair]."""
+  """Lines 2-6, 10, 13 and 14 of Alg. 5, one window; [query, key, c_pair]."""
   relu = np.maximum(single, 0)
   pair = (relu[query] @ weights('single_to_pair_cond_row_1'))[:, None]
   pair = pair + relu[key] @ weights('single_to_pair_cond_col_1')

@@ -60,7 +60,7 @@ def atom_attention(
   """Encoder and, with positions, decoder of one complex, as published.
 
   Args:
-    params: of either version; see `network.boltz_encoders`.
+    params: of either version; see `network.boltz.atom_attention`.
     inputs: the fields of `BoltzAtomFeatures`; with the structure `single`,
       `pair`, `positions` and what is decoded, `token_act`, too.
     version: 1 or 2.
@@ -110,7 +110,7 @@ def atom_attention(
     trunk = numerics.layer_norm(inputs['single'], **own['s_to_c_trans_0'])
     c = c + _of_token(_linear(own, 's_to_c_trans_1', trunk), token)
 
-  # Lines 2-14, pair by pair.
+  # Lines 2-6, 10, 13 and 14, pair by pair.
   n_window = len(mask) // n_query
   keys = _keys(n_window, n_query, n_key)
   z = None

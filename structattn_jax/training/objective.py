@@ -51,14 +51,13 @@ def make_loss(
     mode: what is generated from what.
 
   Returns:
-    `loss_fn(params, key, batch, step)` of a `data.PairBatch`. Its metrics are
-    `protein_loss` and `ligand_loss`, in nats per token, where generated.
+    `loss_fn(params, key, batch, step)` of a `sedd.ProteinLigand`. Its metrics
+    are `protein_loss` and `ligand_loss`, in nats per token, where generated.
   """
   noise = discrete_diffusion.make_noise(config.noise)
 
   def loss_fn(params, key, batch, step):
     time_key, noise_key, dropout_key = jax.random.split(key, 3)
-    clean = _complexes(batch)
     size = jax.tree.leaves(batch)[0].shape[0]
     t = discrete_diffusion.sample_times(
       time_key, size, power=_power(config, step), stratified=True
@@ -66,7 +65,7 @@ def make_loss(
     noised = discrete_diffusion.corrupt(
       config.model,
       noise_key,
-      clean,
+      batch,
       t,
       mode=mode,
       noise=noise,
@@ -75,7 +74,7 @@ def make_loss(
     found = discrete_diffusion.dual_track_loss(
       config.model,
       params,
-      clean,
+      batch,
       noised,
       t,
       mode=mode,
@@ -173,7 +172,7 @@ def _bound(
       model,
       params,
       key,
-      _complexes(batch),
+      batch,
       mode=mode,
       noise=discrete_diffusion.make_noise(noise),
       fixed=fixed_ends(ends, batch),
@@ -190,7 +189,9 @@ def num_ends(settings: config_lib.DataConfig) -> Ends:
   return (('protein', known), ('ligand', learned))
 
 
-def fixed_ends(ends: Ends, batch: data.PairBatch) -> dict[str, jax.Array]:
+def fixed_ends(
+  ends: Ends, batch: sedd_dual_track.ProteinLigand
+) -> dict[str, jax.Array]:
   """Which tokens stay clean: [n_batch, n] bool by track."""
   fixed = {}
   for track, count in ends:
@@ -202,10 +203,6 @@ def fixed_ends(ends: Ends, batch: data.PairBatch) -> dict[str, jax.Array]:
       following = jnp.pad(mask[:, 1:], ((0, 0), (0, 1)))
       fixed[track] = fixed[track] | (mask & ~following)
   return fixed
-
-
-def _complexes(batch: data.PairBatch) -> discrete_diffusion.ProteinLigand:
-  return discrete_diffusion.ProteinLigand(**vars(batch))
 
 
 def _power(config: config_lib.TrainConfig, step: jax.Array) -> Any:

@@ -14,7 +14,7 @@ from structattn_jax.verification import (
   alphafold3_diffusion_head as af3_diffusion_head,
 )
 from structattn_jax.verification import boltz as boltz_atom_encoder
-from structattn_jax.verification import pallatom, sedd, seeds
+from structattn_jax.verification import pallatom, sedd, sedd_diffusion, seeds
 from structattn_jax.verification.golden import (
   Golden,
   GoldenError,
@@ -87,9 +87,9 @@ REPLAYS: dict[tuple[str, str], Replay] = {
   ('sedd_protein_ligand', 'dual_components'): sedd.dual_components,
   ('sedd_protein_ligand', 'dual_full_width'): sedd.dual_modes,
   ('sedd_protein_ligand', 'dual_modes'): sedd.dual_modes,
-  ('sedd_protein_ligand', 'dual_sampler'): sedd.dual_sampler,
-  ('sedd_protein_ligand', 'graph_noise'): sedd.graph_noise,
-  ('sedd_protein_ligand', 'sampler'): sedd.sampler,
+  ('sedd_protein_ligand', 'dual_sampler'): sedd_diffusion.dual_sampler,
+  ('sedd_protein_ligand', 'graph_noise'): sedd_diffusion.graph_noise,
+  ('sedd_protein_ligand', 'sampler'): sedd_diffusion.sampler,
   ('sedd_protein_ligand', 'single'): sedd.single,
   ('sedd_protein_ligand', 'single_v100'): sedd.single_v100,
 }

@@ -8,8 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from structattn_jax.components import parameters as pm
-from structattn_jax.network.alphafold3 import atom_layout
-from structattn_jax.network.alphafold3 import cached_atom_attention as aca
+from structattn_jax.network.alphafold3 import (
+  atom_layout,
+  dense_atom_attention,
+  window_plan,
+)
 from structattn_jax.network.alphafold3 import diffusion_transformer as dt
 from structattn_jax.verification import golden as golden_lib
 from structattn_jax.verification.golden import Comparison, Golden
@@ -21,7 +24,7 @@ _TOKEN_ACT = 'decoder_token_act'
 def encoder_decoder(golden: Golden) -> Iterator[Comparison]:
   """All outputs and gradients of the encoder and, where there, the decoder."""
   inputs: dict[str, Any] = golden.part('inputs')
-  scope, name, params = _scope(golden)
+  scope, prefix, params = _scope(golden)
   batch = atom_layout.DenseBatch.from_batch(inputs)
   floats = {x: inputs[x] for x in (*_ARGUMENTS, _TOKEN_ACT) if x in inputs}
   weights = {
@@ -30,14 +33,13 @@ def encoder_decoder(golden: Golden) -> Iterator[Comparison]:
     if key.startswith('loss_w_')
   }
 
+  encode, decode = dense_atom_attention.dense_atom_cross_att(
+    prefix=prefix, return_pair='pair_cond_rows' in golden.outputs()
+  )
+
   def run(params: Any, floats: Any, batch: Any) -> dict[str, Any]:
-    encoded = aca.atom_cross_att_encoder(
-      params,
-      batch,
-      *(floats.get(x) for x in _ARGUMENTS),
-      name=name,
-      return_pair='pair_cond_rows' in golden.outputs(),
-    )
+    arguments = (floats.get(x) for x in _ARGUMENTS)
+    encoded = encode(params, batch, *arguments)
     found = {
       'token_act': encoded.token_act,
       'skip_connection': encoded.skip_connection,
@@ -46,9 +48,8 @@ def encoder_decoder(golden: Golden) -> Iterator[Comparison]:
       'pair_cond_rows': encoded.pair_cond,
     }
     if _TOKEN_ACT in floats:
-      found['position_update'] = aca.atom_cross_att_decoder(
-        params, batch, floats[_TOKEN_ACT], encoded, name=name
-      )
+      token_act = floats[_TOKEN_ACT]
+      found['position_update'] = decode(params, batch, token_act, encoded)
     return found
 
   def loss(params: Any, floats: Any, batch: Any) -> jax.Array:
@@ -163,14 +164,14 @@ def windows(golden: Golden) -> Iterator[Comparison]:
     num_queries, num_keys, num_atoms, padded = case
     mask = np.arange(num_atoms + 3)[:, None] < num_atoms
     gathers = atom_layout.AtomCrossAtt.build(
-      np.pad(mask, ((0, 0), (0, atom_layout.NUM_SLOTS - 1))),
+      np.pad(mask, ((0, 0), (0, window_plan.NUM_SLOTS - 1))),
       num_real_tokens=num_atoms,
       padded_num_atoms=padded,
       num_queries=num_queries,
       num_keys=num_keys,
     )
     found = {
-      'starts': atom_layout.key_starts(
+      'starts': window_plan.key_starts(
         num_atoms, padded // num_queries, num_queries, num_keys
       ),
       'queries_to_keys_idxs': gathers.queries_to_keys.gather_idxs,
@@ -218,14 +219,14 @@ def _keys_mask(
 
 
 def _pair_rows(
-  pair: Any, plan: atom_layout.WindowPlan, rows: list[int], n_flat: int
+  pair: Any, plan: window_plan.WindowPlan, rows: list[int], n_flat: int
 ) -> np.ndarray:
   """Windows of pairs with the keys in upstream's order.
 
   With fewer atoms than keys upstream's padding may come first.
   """
   num_atoms, num_keys = int(plan.num_atoms), plan.num_keys
-  starts = atom_layout.key_starts(
+  starts = window_plan.key_starts(
     num_atoms, n_flat // plan.num_queries, plan.num_queries, num_keys
   )
   found = []

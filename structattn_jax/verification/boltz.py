@@ -112,7 +112,7 @@ def outputs(
   features: boltz.BoltzAtomFeatures,
   floats: Mapping[str, Any],
 ) -> dict[str, jax.Array]:
-  """Upstream's outputs for a batch of complexes, by the lean functions.
+  """Upstream's outputs for a batch of complexes, by the cached form.
 
   Args:
     config: of either version.
@@ -124,7 +124,7 @@ def outputs(
   Returns:
     The outputs that the goldens have, except for the atom pair.
   """
-  _, precompute, encode, decode = boltz.transform_boltz_atom_attention(config)
+  _, precompute, encode, decode = boltz.cached_atom_attention(config)
   batch = len(features.ref_pos)
   found = {}
   pair = floats.get('z')
@@ -178,7 +178,7 @@ def pairs(
   features: boltz.BoltzAtomFeatures,
   floats: Mapping[str, Any],
 ) -> dict[str, jax.Array]:
-  """The atom pair and Boltz-2's biases, which the lean functions never hold."""
+  """The atom pair and Boltz-2's biases, which the cached form never holds."""
   own = boltz_parameters.embedding_parameters(config, params)
 
   @jax.jit

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from structattn_jax.network.pallatom import atom_transformers as pallatom
+from structattn_jax.network import pallatom
 from structattn_jax.verification import golden as golden_lib
 from structattn_jax.verification import systems, torch_names
 from structattn_jax.verification.golden import Comparison, Golden

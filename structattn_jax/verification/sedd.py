@@ -1,6 +1,6 @@
-"""SEDD protein-ligand: networks, graphs, noise, losses, training, samplers."""
+"""SEDD on one and on two tracks: networks, losses, gradients, training."""
 
-import dataclasses
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, cast
@@ -12,9 +12,10 @@ import numpy as np
 import optax
 
 from structattn_jax.discrete_diffusion import graph as graph_lib
-from structattn_jax.discrete_diffusion import losses, sampling
+from structattn_jax.discrete_diffusion import losses
 from structattn_jax.discrete_diffusion import noise as noise_lib
-from structattn_jax.network.sedd import dual_track as sedd
+from structattn_jax.network import sedd
+from structattn_jax.network.sedd import blocks, dual_track, embeddings
 from structattn_jax.verification import torch_names
 from structattn_jax.verification.golden import Comparison, Golden, GoldenError
 
@@ -24,9 +25,6 @@ _BLOCKS = {
   'block/cross_selfmask': ('self_mask', 'context', 'context_mask'),
 }
 _TRACKS = ('protein', 'ligand')
-
-# Absolute; upstream computes differences of sigma in float32.
-_PROBABILITIES = {'analytic': 5e-5, 'euler': 2e-6}
 # Adam divides small gradients by their size.
 _TRAINED = 5e-5
 
@@ -47,7 +45,7 @@ def place(torch_name: str) -> Place:
   block = re.fullmatch(r'(blocks(?:_prot|_lig)?)\.(\d+)\.(.*)', path)
   if block:
     outer = 'sedd' if block[1] == 'blocks' else 'dual_track'
-    path = f'{outer}.{sedd.LAYER_STACK}.{block[1]}.{block[3]}'
+    path = f'{outer}.{blocks.LAYER_STACK}.{block[1]}.{block[3]}'
     index = int(block[2])
   path = path.replace('mlp.fc1.', 'mlp.0.').replace('mlp.fc2.', 'mlp.2.')
   path = path.replace('output_layer.norm.', 'output_layer.norm_final.')
@@ -120,7 +118,19 @@ def single_config(golden: Golden) -> sedd.SeddConfig:
   )
 
 
-def _graph(golden: Golden, dim: int) -> graph_lib.Graph:
+def tokens_of(golden: Golden, kind: str) -> sedd.ProteinLigand:
+  """The recorded 'indices', or the clean tokens 'x0', with their masks."""
+  inputs: dict[str, Any] = golden.part('inputs')
+  return sedd.ProteinLigand(
+    inputs[f'protein_{kind}'],
+    inputs[f'ligand_{kind}'],
+    inputs.get('protein_mask'),
+    inputs.get('ligand_mask'),
+  )
+
+
+def graph_of(golden: Golden, dim: int) -> graph_lib.Graph:
+  """The forward process of a golden with `dim` states."""
   config = golden.meta['config']
   if config['graph']['type'] == 'uniform':
     return graph_lib.Uniform(dim)
@@ -128,7 +138,8 @@ def _graph(golden: Golden, dim: int) -> graph_lib.Graph:
   return graph_lib.Absorbing(dim, scale_by_sigma=scaled)
 
 
-def _noise(golden: Golden) -> noise_lib.Noise:
+def noise_of(golden: Golden) -> noise_lib.Noise:
+  """The schedule of a golden."""
   options = golden.meta['config'].get('noise', {'type': 'loglinear'})
   if options['type'] == 'loglinear':
     return noise_lib.LogLinearNoise(eps=options.get('eps', 1e-3))
@@ -139,31 +150,41 @@ def _noise(golden: Golden) -> noise_lib.Noise:
   )
 
 
+def transition_from_uniform(
+  graph: graph_lib.Graph,
+  uniform: Any,
+  tokens: Any,
+  sigma: Any,
+  replacement: Callable[[], Any],
+) -> jax.Array:
+  """Noised tokens; `replacement()` gives those of the uniform graph."""
+  if isinstance(graph, graph_lib.Absorbing):
+    return graph.sample_transition_from_uniform(uniform, tokens, sigma)
+  return graph.sample_transition_from_uniform(
+    uniform, tokens, sigma, replacement()
+  )
+
+
 def dual_modes(golden: Golden) -> Iterator[Comparison]:
   """Log scores of all modes; the joint loss and its gradients."""
-  config, noise = dual_config(golden), _noise(golden)
-  params = haiku_params(_dual_params(golden))
+  config, noise = dual_config(golden), noise_of(golden)
+  params = haiku_params(dual_params(golden))
   inputs: dict[str, Any] = golden.part('inputs')
   recorded = golden.outputs()
   sigma = noise.total(inputs['t'])
-  masked = losses.ProteinLigand(
-    inputs['protein_indices'],
-    inputs['ligand_indices'],
-    inputs['protein_mask'],
-    inputs['ligand_mask'],
-  )
+  masked = tokens_of(golden, 'indices')
   graphs = {
-    track: _graph(golden, getattr(config, f'{track}_vocab'))
+    track: graph_of(golden, getattr(config, f'{track}_vocab'))
     for track in _TRACKS
   }
   modes = {
     name.partition('/')[0] for name in recorded if name.endswith('_log_score')
   }
   for case in sorted(modes):
-    mode = cast(sedd.Mode, case.removesuffix('_nomask'))
+    mode = cast(dual_track.Mode, case.removesuffix('_nomask'))
     tokens = masked
     if case != mode:
-      tokens = losses.ProteinLigand(masked.protein, masked.ligand)
+      tokens = sedd.ProteinLigand(masked.protein, masked.ligand)
 
     @jax.jit
     def run(params, tokens, sigma, mode=mode):
@@ -172,7 +193,7 @@ def dual_modes(golden: Golden) -> Iterator[Comparison]:
         track: graphs[track].log_score(
           getattr(logits, track), getattr(tokens, track), sigma[:, None]
         )
-        for track in sedd.tracks_of(mode).generated
+        for track in dual_track.tracks_of(mode).generated
       }
 
     for track, got in run(params, tokens, sigma).items():
@@ -182,7 +203,7 @@ def dual_modes(golden: Golden) -> Iterator[Comparison]:
   if 'loss/joint' not in recorded:
     return
 
-  clean = losses.ProteinLigand(inputs['protein_x0'], inputs['ligand_x0'])
+  clean = sedd.ProteinLigand(inputs['protein_x0'], inputs['ligand_x0'])
 
   @jax.jit
   def step(params):
@@ -217,7 +238,7 @@ def _gradients(golden: Golden, gradient: Any) -> Iterator[Comparison]:
     yield golden.gradient(name, got)
 
 
-def _dual_params(golden: Golden) -> dict[str, np.ndarray]:
+def dual_params(golden: Golden) -> dict[str, np.ndarray]:
   """Stored parameters, or those of the recipe in `meta`.
 
   The recipe, for each name in sorted order of one RandomState(seed) stream:
@@ -251,8 +272,8 @@ def _dual_params(golden: Golden) -> dict[str, np.ndarray]:
 
 def single(golden: Golden) -> Iterator[Comparison]:
   """Original SEDD: intermediates, loss, gradients and training steps."""
-  config, noise = single_config(golden), _noise(golden)
-  graph = _graph(golden, config.vocab)
+  config, noise = single_config(golden), noise_of(golden)
+  graph = graph_of(golden, config.vocab)
   params = haiku_params(golden.part('params'))
   inputs: dict[str, Any] = golden.part('inputs')
   recorded = golden.outputs()
@@ -290,57 +311,41 @@ def _single_intermediates(
   """Embedding, condition, states after each block, and logits of a batch."""
 
   def run(params, tokens, sigma):
-    def one(tokens, sigma):
-      embed = _own(params, 'vocab_embed')
-      x = _apply(
-        lambda tokens: sedd.TokenEmbedding(
-          config.vocab, config.hidden_size, normalise=False, name='vocab_embed'
-        )(tokens),
-        embed,
-        tokens,
-      )
-      condition = _apply(
-        lambda sigma: sedd.TimestepEmbedder(
-          config.cond_dim, variant=config.variant
-        )(sigma),
-        _own(params, 'sigma_map'),
-        sigma,
-      )
-      found = {'embed': x, 'cond': condition}
-      scope = f'sedd/{sedd.LAYER_STACK}/'
-      for i in range(config.num_block):
-        own = {
-          path.removeprefix(scope): {k: v[i] for k, v in values.items()}
-          for path, values in params.items()
-          if path.startswith(scope)
-        }
-        x = _apply(
-          lambda x, c: sedd.DDiTBlock(config, name='blocks')(x, c),
-          own,
-          x,
-          condition,
-        )
-        found[f'block_{i}'] = x
-      return found
-
+    scope = f'sedd/{blocks.LAYER_STACK}'
+    embedding = functools.partial(
+      sedd.TokenEmbedding,
+      config.vocab,
+      config.hidden_size,
+      normalise=False,
+      name='vocab_embed',
+    )
+    timestep = functools.partial(
+      sedd.TimestepEmbedder, config.cond_dim, variant=config.variant
+    )
+    block = functools.partial(sedd.DDiTBlock, config, name='blocks')
+    x = _batched(embedding, params, tokens)
+    condition = _batched(timestep, params, sigma)
+    found = {'embed': x, 'cond': condition}
+    for i in range(config.num_block):
+      own = {
+        path.removeprefix(f'{scope}/'): {k: v[i] for k, v in values.items()}
+        for path, values in params.items()
+        if path.startswith(scope)
+      }
+      found[f'block_{i}'] = x = _batched(block, own, x, condition)
     apply = sedd.transform_sedd(config).apply
-    found = jax.vmap(one)(tokens, sigma)
     found['raw_logits'] = jax.vmap(apply, (None, 0, 0))(params, tokens, sigma)
     return found
 
   return run
 
 
-def _own(params: Any, scope: str) -> Any:
-  return {
-    path: values
-    for path, values in params.items()
-    if path == scope or path.startswith(f'{scope}/')
-  }
-
-
-def _apply(fn: Callable[..., Any], params: Any, *arguments: Any) -> Any:
-  return hk.without_apply_rng(hk.transform(fn)).apply(params, *arguments)
+def _batched(
+  make: Callable[[], Any], params: Any, *arguments: Any
+) -> jax.Array:
+  """A module over a batch of arguments."""
+  apply = hk.without_apply_rng(hk.transform(lambda *xs: make()(*xs))).apply
+  return jax.vmap(apply, (None, *[0] * len(arguments)))(params, *arguments)
 
 
 def _trained(
@@ -366,7 +371,7 @@ def _trained(
   found = []
   for i, rate in enumerate(rates):
     t = losses.times_from_uniform(inputs['t_uniform'][i])
-    noised = _transition_from_uniform(
+    noised = transition_from_uniform(
       graph,
       inputs['transition_uniform'][i],
       inputs['x0'][i],
@@ -375,7 +380,7 @@ def _trained(
     )
     (loss, _), gradient = step(params, inputs['x0'][i], noised, t)
     found.append(loss)
-    scale = 1 / (optax.global_norm(gradient) + 1e-6)
+    scale = 1 / (optax.tree.norm(gradient) + 1e-6)
     scale = jnp.minimum(options['grad_clip'] * scale, 1)
     gradient = jax.tree.map(lambda g, scale=scale: g * scale, gradient)
     updates, state = adam.update(gradient, state, params)
@@ -389,7 +394,7 @@ def _trained(
   for kind, tree in (('params', params), ('ema', average)):
     for name in golden.outputs(f'train/{kind}/'):
       got = torch_value(tree, name.removeprefix(f'train/{kind}/'))
-      yield golden.value(name, got, floor=_relative(golden, name, _TRAINED))
+      yield golden.value(name, got, floor=relative(golden, name, _TRAINED))
 
 
 def single_v100(golden: Golden) -> Iterator[Comparison]:
@@ -399,248 +404,18 @@ def single_v100(golden: Golden) -> Iterator[Comparison]:
   inputs: dict[str, Any] = golden.part('inputs')
   apply = jax.vmap(sedd.transform_sedd(config).apply, (None, 0, 0))
   logits = jax.jit(apply)(params, inputs['indices'], inputs['sigma'])
-  got = _graph(golden, config.vocab).log_score(
+  got = graph_of(golden, config.vocab).log_score(
     logits, inputs['indices'], inputs['sigma'][:, None]
   )
   yield golden.value('log_score', got)
 
 
-def _relative(golden: Golden, name: str, absolute: float) -> float:
+def relative(golden: Golden, name: str, absolute: float) -> float:
   """An absolute tolerance as a part of the largest value."""
   single, double = (f'{prefix}/{name}' for prefix in ('outputs', 'outputs64'))
   truth = golden.arrays[double if double in golden.arrays else single]
   largest = np.abs(truth.astype(np.float64)).max()
   return float(absolute / max(largest, 1e-30))
-
-
-def graph_noise(golden: Golden) -> Iterator[Comparison]:
-  """Schedules, and all of both graphs."""
-  inputs = golden.part('inputs')
-  for name in golden.outputs('noise/'):
-    _, kind, what = name.split('/')
-    noise = _named_noise(kind)
-    t = inputs['noise/t']
-    got = jax.jit(noise.total if what == 'sigma' else noise.rate)(t)
-    yield golden.value(name, got)
-  for kind, make in (
-    ('absorb', graph_lib.Absorbing),
-    ('uniform', graph_lib.Uniform),
-  ):
-    own = golden.part(f'inputs/{kind}')
-    if not own:
-      continue
-    found = jax.jit(_graph_outputs(make(own['log_score'].shape[-1])))(own)
-    for name in golden.outputs(f'{kind}/'):
-      got = found[name.removeprefix(f'{kind}/')]
-      if name.partition('/')[2].startswith('sample_'):
-        yield golden.exact(name, got)
-      else:
-        yield golden.value(name, got)
-
-
-def _named_noise(name: str) -> noise_lib.Noise:
-  kind, _, eps = name.partition('_')
-  if kind == 'loglinear':
-    return noise_lib.LogLinearNoise(eps=float(eps.replace('e', 'e-') or 1e-3))
-  smallest, largest = {'geometric': (1e-4, 20.0), 'cosine': (1e-3, 1.0)}[kind]
-  # Recorded with a float32 constant.
-  return noise_lib.make_noise(
-    kind, sigma_min=float(np.float32(smallest)), sigma_max=largest
-  )
-
-
-def _graph_outputs(graph: graph_lib.Graph) -> Callable[..., dict[str, Any]]:
-  """All of one graph, under the names of the golden."""
-
-  def run(inputs):
-    clean, tokens = inputs['x0'], inputs['i']
-    sigma, dsigma = inputs['sigma'], inputs['dsigma']
-    score = jnp.exp(inputs['log_score'])
-    reverse = graph.reverse_rate(tokens, score)
-    probabilities = sampling.step_probabilities(
-      graph, inputs['log_score'], tokens, dsigma
-    )
-    euler = sampling.step_probabilities(
-      graph,
-      inputs['log_score'],
-      tokens,
-      jnp.float32(0.05),
-      predictor='euler',
-    )
-    return {
-      'rate': graph.rate(tokens),
-      'transp_rate': graph.transp_rate(tokens),
-      'transition': graph.transition(tokens, sigma),
-      'transp_transition': graph.transp_transition(tokens, dsigma),
-      'staggered_score': graph.staggered_score(score, dsigma),
-      'reverse_rate': reverse,
-      'score_entropy': graph.score_entropy(
-        inputs['log_score'], sigma, tokens, clean
-      ),
-      'analytic_probs': probabilities,
-      'sample_transition': _transition_from_uniform(
-        graph,
-        inputs['move_uniform'],
-        clean,
-        sigma,
-        lambda: inputs['move_randint'],
-      ),
-      'sample_categorical': sampling.categorical_from_uniform(
-        probabilities, inputs['cat_uniform']
-      ),
-      'sample_rate': sampling.categorical_from_uniform(
-        euler, inputs['rate_uniform']
-      ),
-    }
-
-  return run
-
-
-def _transition_from_uniform(
-  graph: graph_lib.Graph,
-  uniform: Any,
-  tokens: Any,
-  sigma: Any,
-  replacement: Callable[[], Any],
-) -> jax.Array:
-  if isinstance(graph, graph_lib.Absorbing):
-    return graph.sample_transition_from_uniform(uniform, tokens, sigma)
-  return graph.sample_transition_from_uniform(
-    uniform, tokens, sigma, replacement()
-  )
-
-
-def sampler(golden: Golden) -> Iterator[Comparison]:
-  """Whole trajectories of a single track."""
-  config, noise = single_config(golden), _noise(golden)
-  graph = _graph(golden, config.vocab)
-  params = haiku_params(golden.part('params'))
-  inputs: dict[str, Any] = golden.part('inputs')
-  recorded = golden.outputs()
-  apply = jax.vmap(sedd.transform_sedd(config).apply, (None, 0, None))
-
-  @jax.jit
-  def network(tokens, sigma):
-    return {'only': apply(params, tokens['only'], sigma)}
-
-  for case in sorted({name.partition('/')[0] for name in recorded}):
-    predictor = case.removesuffix('_cond')
-    states = golden.arrays[f'outputs/{case}/states']
-    start: Any = states[0]
-    fixed: Any = None
-    if isinstance(graph, graph_lib.Absorbing):
-      start = np.full_like(start, graph.absorbing)
-    if case != predictor:
-      locations = inputs['cond/locs']
-      mask = np.isin(np.arange(start.shape[-1]), locations)
-      values = np.zeros_like(start)
-      values[:, locations] = inputs['cond/ids']
-      fixed = {'only': (values, mask)}
-    found = sampling.sample_from_uniform(
-      network,
-      {'only': graph},
-      {'only': start.astype(np.int32)},
-      {'only': inputs[f'{case}/uniform']},
-      {'only': inputs[f'{case}/uniform_denoise']},
-      noise=noise,
-      sampler=_sampler(golden, predictor),
-      fixed=cast(Any, fixed),
-    )
-    yield from _replayed(golden, found, predictor, {'only': f'{case}/'})
-
-
-def dual_sampler(golden: Golden) -> Iterator[Comparison]:
-  """Whole trajectories of the dual track: conditional, and joint."""
-  config, noise = dual_config(golden), _noise(golden)
-  params = haiku_params(_dual_params(golden))
-  inputs: dict[str, Any] = golden.part('inputs')
-  recorded = golden.outputs()
-  given = losses.ProteinLigand(
-    inputs['protein_indices'],
-    inputs['ligand_indices'],
-    inputs.get('protein_mask'),
-    inputs.get('ligand_mask'),
-  )
-  predictors = golden.meta['predictor']
-  for mode in cast(
-    list[sedd.Mode], sorted({name.partition('/')[0] for name in recorded})
-  ):
-    kind = 'joint' if mode == 'joint' else 'conditional'
-    predictor = predictors[kind].split()[0]
-    tracks = sedd.tracks_of(mode).generated
-    graphs = {
-      track: _graph(golden, getattr(config, f'{track}_vocab'))
-      for track in tracks
-    }
-    suffix = {track: f'_{track}' if mode == 'joint' else '' for track in tracks}
-    prefix = {
-      track: f'{mode}/{track}_' if mode == 'joint' else f'{mode}/'
-      for track in tracks
-    }
-
-    @jax.jit
-    def network(tokens, sigma, mode=mode):
-      batch = dataclasses.replace(given, **dict(tokens))
-      size = len(next(iter(tokens.values())))
-      logits = losses.batched_logits(
-        config, params, batch, jnp.full(size, sigma), mode=mode
-      )
-      return {track: getattr(logits, track) for track in tokens}
-
-    start: dict[str, Any] = {}
-    for track in tracks:
-      states = golden.arrays[f'outputs/{prefix[track]}states']
-      graph = graphs[track]
-      start[track] = states[0].astype(np.int32)
-      if isinstance(graph, graph_lib.Absorbing):
-        start[track] = np.full_like(start[track], graph.absorbing)
-    found = sampling.sample_from_uniform(
-      network,
-      graphs,
-      start,
-      {track: inputs[f'{mode}/uniform{suffix[track]}'] for track in tracks},
-      {
-        track: inputs[f'{mode}/uniform_denoise{suffix[track]}']
-        for track in tracks
-      },
-      noise=noise,
-      sampler=_sampler(golden, predictor),
-    )
-    yield from _replayed(golden, found, predictor, prefix)
-
-
-def _sampler(golden: Golden, predictor: str) -> sampling.SamplerConfig:
-  return sampling.SamplerConfig(
-    steps=golden.meta['steps'],
-    eps=golden.meta['eps'],
-    predictor=cast(sampling.Predictor, predictor),
-  )
-
-
-def _replayed(
-  golden: Golden,
-  found: sampling.Replay,
-  predictor: str,
-  prefixes: Mapping[str, str],
-) -> Iterator[Comparison]:
-  """States and results exactly; probabilities where they are recorded."""
-  denoised = found.denoiser_probabilities or {}
-  probabilities = found.probabilities or {}
-  for track, prefix in prefixes.items():
-    for name, got, absolute in (
-      ('states', found.states[track], None),
-      ('final', found.tokens[track], None),
-      ('probs', probabilities.get(track), _PROBABILITIES[predictor]),
-      ('probs_denoise', denoised.get(track), _PROBABILITIES['analytic']),
-    ):
-      output = f'{prefix}{name}'
-      if f'outputs/{output}' not in golden.arrays:
-        continue
-      if absolute is None:
-        yield golden.exact(output, got)
-      else:
-        floor = _relative(golden, output, absolute)
-        yield golden.value(output, got, floor=floor)
 
 
 def dual_components(golden: Golden) -> Iterator[Comparison]:
@@ -658,19 +433,18 @@ def dual_components(golden: Golden) -> Iterator[Comparison]:
   recorded = set(golden.outputs())
 
   def run(scope: str, path: str, make: Callable[[], Any], *arguments: Any):
-    """A module with the golden's parameters, vmapped over the batch."""
+    """A module with the golden's parameters over the batch."""
     prefix = f'transformer.{path}.'
     own = {
       name.removeprefix(prefix): value
       for name, value in params.items()
       if name.startswith(prefix)
     }
-    apply = hk.without_apply_rng(hk.transform(lambda *xs: make()(*xs))).apply
-    batched = jax.vmap(apply, (None, *[0] * len(arguments)))
-    return jax.jit(batched)(torch_names.haiku_params(own, scope), *arguments)
+    batched = jax.jit(functools.partial(_batched, make))
+    return batched(torch_names.haiku_params(own, scope), *arguments)
 
   if 'timestep/embedding' in recorded:
-    got = jax.jit(jax.vmap(sedd.timestep_embedding))(inputs['sigma'])
+    got = jax.jit(jax.vmap(embeddings.timestep_embedding))(inputs['sigma'])
     yield golden.value('timestep/embedding', got)
   if 'timestep/mlp' in recorded:
     got = run(
@@ -734,7 +508,7 @@ def dual_components(golden: Golden) -> Iterator[Comparison]:
 
 
 def _rotary(golden: Golden, recorded: set[str]) -> Iterator[Comparison]:
-  rotate = jax.jit(jax.vmap(sedd.rotate_half))
+  rotate = jax.jit(jax.vmap(embeddings.rotate_half))
   if 'rotary/qkv_out' in recorded:
     # [batch, n, 3, n_head, d_head]: queries, keys and values.
     is_wide = golden.is_float64 and golden.has_float64()

@@ -3,7 +3,7 @@
 `structattn run` and the test suites loop over these records. Each pairs the
 transformed functions with the float64 oracle of the same formula, so that
 
-  system.transformed.apply(params, **inputs) ~= system.oracle(params, inputs)
+  system.apply(params, inputs) ~= system.oracle(params, inputs)
 """
 
 import dataclasses
@@ -17,14 +17,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from structattn_jax.components import parameters as pm
+from structattn_jax.network import pallatom
 from structattn_jax.network.alphafold2 import invariant_point_attention as ipa
+from structattn_jax.network.alphafold3 import atom_cross_attention as af3
 from structattn_jax.network.alphafold3 import atom_layout
 from structattn_jax.network.alphafold3 import cached_atom_attention as aca
 from structattn_jax.network.alphafold3 import cached_diffusion as cdh
 from structattn_jax.network.alphafold3 import diffusion_head as dh
-from structattn_jax.network.boltz import atom_attention as boltz_encoders
-from structattn_jax.network.pallatom import atom_transformers as pallatom
+from structattn_jax.network.alphafold3 import window_plan as wp
+from structattn_jax.network.boltz import atom_attention as boltz
 from structattn_jax.network.sedd import dual_track as sedd_dual_track
 from structattn_jax.network.seeds import token_atom_attention as taa
 from structattn_jax.network.seeds import (
@@ -52,9 +53,11 @@ class System:
     name: short identifier.
     title: what it is, for people.
     algorithm: where the formula stands.
-    transformed: `init(key, **inputs)` and `apply(params, **inputs)`.
+    transformed: `init(key, ...)` and `apply(params, ...)`, the public form.
     oracle: `oracle(params, inputs)`, the same output tree in NumPy float64.
     shapes: dimension names of every array input, as in the docstrings.
+    arguments: `arguments(inputs)`, those of `transformed` by name; for systems
+      that take some of the arrays in one typed argument.
   """
 
   name: str
@@ -63,6 +66,15 @@ class System:
   transformed: hk.Transformed
   oracle: Callable[[hk.Params, Inputs], Any]
   shapes: Mapping[str, str]
+  arguments: Callable[[Inputs], dict[str, Any]] = dict
+
+  def init(self, key: jax.Array, inputs: Inputs) -> Any:
+    """Parameters for `inputs`, arrays by name."""
+    return self.transformed.init(key, **self.arguments(inputs))
+
+  def apply(self, params: hk.Params, inputs: Inputs) -> Any:
+    """The output for `inputs`, arrays by name."""
+    return self.transformed.apply(params, **self.arguments(inputs))
 
 
 def invariant_point_attention(
@@ -112,7 +124,7 @@ def invariant_point_attention(
   )
 
 
-def atom_cross_attention(
+def token_atom_attention(
   config: taa.TokenAtomAttentionConfig,
 ) -> System:
   """AF3's token <-> atom attention in the seed's form."""
@@ -156,47 +168,21 @@ def atom_cross_attention(
 
 
 def atom_cross_att(
-  config: aca.AtomCrossAttConfig, plan: atom_layout.WindowPlan
+  config: af3.AtomCrossAttConfig, plan: wp.WindowPlan
 ) -> System:
   """AF3's own atom encoder and decoder over the windows of a plan."""
+  conformer = [field.name for field in dataclasses.fields(wp.RefStructure)]
 
-  def run(params: hk.Params, **inputs: Any) -> dict[str, jax.Array]:
-    names = ('positions', 'trunk_single_cond', 'trunk_pair_cond', 'token_act')
-    positions, single, pair, token_act = (
-      inputs.pop(name, None) for name in names
-    )
-    ref = atom_layout.RefStructure(**inputs)
-    conditioning = aca.precompute(
-      params, plan, ref, single, pair, config=config
-    )
-    encoding = aca.encode(params, conditioning, positions, config=config)
-    skip = encoding.skip_connection
-    found = {'token_act': encoding.token_act, 'skip_connection': skip}
-    if token_act is not None:
-      update = aca.decode(params, conditioning, token_act, skip, config=config)
-      found['position_update'] = update.astype(skip.dtype)
-    return found
+  def arguments(inputs: Inputs) -> dict[str, Any]:
+    rest = {k: x for k, x in inputs.items() if k not in conformer}
+    ref = wp.RefStructure(**{k: inputs[k] for k in conformer})
+    return {'plan': plan, 'ref': ref, **rest}
 
-  def init(key: jax.Array, **inputs: Any) -> Any:
-    def channels(name: str) -> int | None:
-      return inputs[name].shape[-1] if name in inputs else None
-
-    table = aca.atom_cross_att_parameters(
-      config,
-      positions='positions' in inputs,
-      single_channels=channels('trunk_single_cond'),
-      pair_channels=channels('trunk_pair_cond'),
-      decoder='token_act' in inputs,
-    )
-    params = pm.init_parameters(table, key)
-    jax.eval_shape(run, params, **inputs)  # For its checks.
-    return params
-
-  def oracle(params: hk.Params, inputs: Inputs) -> dict[str, np.ndarray]:
+  def oracle(params: hk.Params, inputs: Inputs) -> aca.AtomCrossAttHeadOutput:
     values = float64(inputs)
     names = ('positions', 'trunk_single_cond', 'trunk_pair_cond', 'token_act')
     options = {name: values.pop(name, None) for name in names}
-    return aca_reference.atom_cross_att(
+    found: dict[str, Any] = aca_reference.atom_cross_att(
       {module: float64(arrays) for module, arrays in params.items()},
       {**values, **_plan_atoms(config, plan)},
       plan.num_tokens,
@@ -205,12 +191,14 @@ def atom_cross_att(
       padded_keys=config.padded_keys,
       **options,
     )
+    found.setdefault('position_update', None)
+    return aca.AtomCrossAttHeadOutput(**found)
 
   return System(
     'af3_atom_encoder_decoder',
     'AlphaFold 3 atom cross attention encoder and decoder',
     'Abramson et al. 2024, Suppl. Algs. 5-7 and 24-26',
-    hk.Transformed(init, run),
+    aca.transform_atom_cross_att(config),
     oracle,
     {
       'ref_pos': 'n_atom 3',
@@ -223,6 +211,7 @@ def atom_cross_att(
       'trunk_pair_cond': 'n_token n_token c_z',
       'token_act': 'n_token c_token',
     },
+    arguments,
   )
 
 
@@ -325,7 +314,7 @@ _TOKEN_IDS = dataclasses.fields(dh.TokenIds)
 
 
 def _plan_atoms(
-  config: aca.AtomCrossAttConfig, plan: atom_layout.WindowPlan
+  config: af3.AtomCrossAttConfig, plan: wp.WindowPlan
 ) -> dict[str, np.ndarray]:
   """What the oracle of the atoms needs of a plan."""
   key_uid = plan.official_key_space_uid
@@ -378,34 +367,21 @@ _BOLTZ2_SHAPES = {
 }
 
 
-def boltz_atom_attention(
-  config: boltz_encoders.Config, num_tokens: int
-) -> System:
+def boltz_atom_attention(config: boltz.Config, num_tokens: int) -> System:
   """Boltz's atom attention encoder and decoder of either version."""
-  functions = boltz_encoders.transform_boltz_atom_attention(config)
+  atoms = [field.name for field in dataclasses.fields(boltz.BoltzAtomFeatures)]
 
-  def run(params: hk.Params, **inputs: Any) -> dict[str, jax.Array]:
-    names = ('single', 'pair', 'positions', 'token_act')
-    single, pair, positions, token_act = (
-      inputs.pop(name, None) for name in names
-    )
-    features = boltz_encoders.BoltzAtomFeatures(**inputs, num_tokens=num_tokens)
-    context = functions.precompute(params, features, single, pair)
-    encoded = functions.encode(params, context, positions)
-    found = {'tokens': encoded.tokens, 'atoms': encoded.atoms}
-    if token_act is not None:
-      update = functions.decode(params, context, token_act, encoded.atoms)
-      found['update'] = update.astype(encoded.atoms.dtype)
-    return found
+  def arguments(inputs: Inputs) -> dict[str, Any]:
+    own = {k: x for k, x in inputs.items() if k in atoms}
+    features = boltz.BoltzAtomFeatures(**own, num_tokens=num_tokens)
+    rest = {k: x for k, x in inputs.items() if k not in atoms}
+    return {'features': features, **rest}
 
-  def init(key: jax.Array, **inputs: Any) -> Any:
-    params = functions.init(key)
-    jax.eval_shape(run, params, **inputs)  # For its checks.
-    return params
+  is_second = isinstance(config, boltz.Boltz2AtomAttentionConfig)
 
-  is_second = isinstance(config, boltz_encoders.Boltz2AtomAttentionConfig)
-
-  def oracle(params: hk.Params, inputs: Inputs) -> dict[str, np.ndarray]:
+  def oracle(
+    params: hk.Params, inputs: Inputs
+  ) -> boltz.BoltzAtomAttentionOutput:
     options = {}
     if is_second:
       names = (
@@ -415,7 +391,7 @@ def boltz_atom_attention(
       )
       options = {name: getattr(config, name) for name in names}
     decoder = (config.atom_decoder_depth, config.atom_decoder_heads)
-    found = boltz_reference.atom_attention(
+    found: Any = boltz_reference.atom_attention(
       {module: float64(arrays) for module, arrays in params.items()},
       float64(inputs),
       version=2 if is_second else 1,
@@ -426,15 +402,16 @@ def boltz_atom_attention(
       num_tokens=num_tokens,
       **options,
     )
-    del found['p']
-    return found
+    return boltz.BoltzAtomAttentionOutput(
+      found['tokens'], found['atoms'], found.get('update')
+    )
 
   return System(
     'boltz_atom_attention',
     'Boltz atom attention encoder and decoder',
     'Boltz AtomAttentionEncoder, AtomAttentionDecoder; Abramson et al. 2024, '
     'Suppl. Algs. 5-7',
-    hk.Transformed(init, run),
+    boltz.transform_atom_attention(config),
     oracle,
     {
       'ref_pos': 'n_atom 3',
@@ -450,6 +427,7 @@ def boltz_atom_attention(
       'positions': 'n_atom 3',
       'token_act': 'n_token twice_token_s',
     },
+    arguments,
   )
 
 

@@ -21,7 +21,8 @@ import numpy as np
 
 from structattn_jax import checkpoint, convert
 from structattn_jax.convert import state_dicts, torch_file
-from structattn_jax.network.sedd import dual_track as sedd_dual_track
+from structattn_jax.discrete_diffusion import graph as graph_lib
+from structattn_jax.network.sedd import dual_track, single_track
 from structattn_jax.verification import golden as golden_lib
 from structattn_jax.verification.golden import (
   Comparison,
@@ -153,7 +154,7 @@ def _expected(case: str, path: pathlib.Path, kind: str) -> list[Row]:
     meta = arrays.pop('meta', np.array('{}'))
     try:
       golden = Golden(case, json.loads(meta.item()), arrays)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
       raise GoldenError(f'{file}: `meta` is not JSON') from None
     replay = {'sedd': _sedd, 'sedd_protein_ligand': _dual_track}.get(kind)
     wanted = {'sedd': 'inputs/indices'}.get(kind, 'inputs/protein_indices')
@@ -181,7 +182,7 @@ def _recorded(
 def _scores(golden: Golden, logits: Any, tokens: Any, sigma: Any) -> Any:
   model = golden.meta.get('config', {}).get('model', {})
   return jax.vmap(
-    lambda *x: sedd_dual_track.log_score(
+    lambda *x: graph_lib.log_score(
       *x, scale_by_sigma=model.get('scale_by_sigma', True)
     )
   )(logits, tokens, sigma)
@@ -192,7 +193,7 @@ def _sedd(golden: Golden, path: pathlib.Path) -> Iterator[Comparison]:
   tokens, sigma = inputs['indices'], inputs['sigma']
   for output, _, model in _recorded(golden, convert.load_sedd, path):
     config, params = model
-    apply = jax.vmap(sedd_dual_track.transform_sedd(config).apply, (None, 0, 0))
+    apply = jax.vmap(single_track.transform_sedd(config).apply, (None, 0, 0))
     logits = jax.jit(apply)(params, tokens, sigma)
     yield golden.value(output, _scores(golden, logits, tokens, sigma))
 
@@ -210,7 +211,7 @@ def _dual_track(golden: Golden, path: pathlib.Path) -> Iterator[Comparison]:
   load = convert.load_sedd_dual_track
   for output, base, model in _recorded(golden, load, path):
     config, params = model
-    apply = sedd_dual_track.transform_sedd_dual_track(config).apply
+    apply = dual_track.transform_sedd_dual_track(config).apply
     found = jax.jit(jax.vmap(apply, axes))(params, *arguments)
     track = base.partition('_')[0]
     tokens = inputs[f'{track}_indices']

@@ -14,7 +14,7 @@ pytest.importorskip('orbax.checkpoint')
 from structattn_jax import checkpoint, cli, data, training
 from structattn_jax.apps import generate
 from structattn_jax.data import sample_metrics
-from structattn_jax.network.sedd import dual_track as sedd_dual_track
+from structattn_jax.network.sedd import single_track
 
 STEPS = ('--steps', '3', '--num', '2')
 
@@ -152,7 +152,7 @@ def test_unusable_checkpoints_are_one_line(tmp_path, capsys):
   assert status == 2
   assert 'neither model.npz nor checkpoints' in error
   checkpoint.save(
-    tmp_path / 'x.npz', {'m': {'w': np.ones(1)}}, sedd_dual_track.SeddConfig()
+    tmp_path / 'x.npz', {'m': {'w': np.ones(1)}}, single_track.SeddConfig()
   )
   status, _, error = run(capsys, 'sample', tmp_path / 'x.npz')
   assert status == 2

@@ -21,7 +21,7 @@ def test_cases_cover_what_is_published():
 def test_candidates_match_float64(mode):
   args = pallatom.inputs(mode, CASE)
   want = pallatom.expected(mode, CASE, args)
-  for name in ('lean', 'published'):
+  for name in ('blocked', 'published'):
     got = jax.jit(pallatom.function(mode, CASE, name))(*args)
     assert harness.max_relative_error(got, want) < 5e-6, name
 
@@ -29,14 +29,14 @@ def test_candidates_match_float64(mode):
 def test_gradients_of_candidates_agree():
   mode = 'decoder, forward+backward'
   args = pallatom.inputs(mode, CASE)
-  lean, published = (
+  blocked, published = (
     jax.jit(pallatom.function(mode, CASE, name))(*args)
-    for name in ('lean', 'published')
+    for name in ('blocked', 'published')
   )
-  assert jax.tree.structure(lean) == jax.tree.structure(published)
+  assert jax.tree.structure(blocked) == jax.tree.structure(published)
   largest = max(np.abs(x).max() for x in jax.tree.leaves(published))
   for got, want in zip(
-    jax.tree.leaves(lean), jax.tree.leaves(published), strict=True
+    jax.tree.leaves(blocked), jax.tree.leaves(published), strict=True
   ):
     assert np.abs(got - want).max() < 1e-4 * max(
       np.abs(want).max(), largest / 1e3

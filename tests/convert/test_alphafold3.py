@@ -19,8 +19,8 @@ from structattn_jax import checkpoint, cli, convert
 from structattn_jax.components import parameters as pm
 from structattn_jax.convert import alphafold3, record_file
 from structattn_jax.convert.record_file import Record
-from structattn_jax.network.alphafold3 import cached_atom_attention as aca
-from structattn_jax.network.alphafold3 import diffusion_transformer as dt
+from structattn_jax.network.alphafold3 import atom_cross_attention as af3
+from structattn_jax.network.alphafold3 import transformer_parameters as tp
 from structattn_jax.verification import verify
 
 GOLDENS = pathlib.Path(__file__).parents[1] / 'goldens/af3_atom_cross_attention'
@@ -482,7 +482,7 @@ def test_problems_are_listed_all_and_alone(tmp_path, sample):
 def test_parameters_are_those_of_our_module(copy):
   config, params = convert.load_atom_cross_att(SINGLE, copy)
   has_trunk = copy == 'diffusion'
-  table = aca.atom_cross_att_parameters(
+  table = af3.atom_cross_att_parameters(
     config,
     copy,
     positions=has_trunk,
@@ -497,15 +497,19 @@ def test_parameters_are_those_of_our_module(copy):
   assert jax.tree.map(np.shape, params) == want
 
 
-def test_later_record_wins(tmp_path, sample):
+def test_second_record_must_be_identical(tmp_path, sample):
   scope = 'diffuser/~/diffusion_head/diffusion_embed_ref_pos'
   (old,) = [record for record in sample if record.scope == scope]
   path = tmp_path / 'x.bin'
-  record_file.write_records(path, [*sample, old._replace(array=-old.array)])
+  record_file.write_records(path, [*sample, old])
   _, params = convert.load_atom_cross_att(path)
   np.testing.assert_array_equal(
-    params['diffusion_embed_ref_pos']['weights'], -old.array
+    params['diffusion_embed_ref_pos']['weights'], old.array
   )
+  for other in (-old.array, old.array[None], old.array.astype(np.float64)):
+    record_file.write_records(path, [*sample, old._replace(array=other)])
+    message = refusal(path, convert.load_atom_cross_att)
+    assert f'{scope}//weights occurs twice, with other values' in message
 
 
 def test_foreign_and_incomplete_files_are_refused(tmp_path):
@@ -533,13 +537,13 @@ def test_saved_parameters_load_again(copy, tmp_path):
 
 
 def test_token_transformer_round_trip(tmp_path):
-  config = dt.TransformerConfig(
-    attention=dt.SelfAttentionConfig(num_head=2, key_dim=8, value_dim=4),
+  config = tp.TransformerConfig(
+    attention=tp.SelfAttentionConfig(num_head=2, key_dim=8, value_dim=4),
     num_blocks=6,
     super_block_size=3,
     num_intermediate_factor=2,
   )
-  table = dt.transformer_parameters(config, 12, 10, 6)
+  table = tp.transformer_parameters(config, 12, 10, 6)
   params = pm.init_parameters(table, jax.random.key(0))
   params = jax.tree.map(np.asarray, params)
   path = tmp_path / 'x.bin'
@@ -634,3 +638,42 @@ def test_verify_of_a_model_about_which_nothing_is_known(tmp_path, sample):
   report = verify.verify([tmp_path / 'x.bin'])
   assert report.status == 2
   assert 'neither a records.json nor a golden' in report.errors[0]
+
+
+def test_whole_diffusion_head_is_converted(tmp_path):
+  """Parameters of the golden, written as a released file and read again."""
+  path = GOLDENS.parent / 'af3_diffusion_head/head_small.npz'
+  scope = 'diffuser/~/diffusion_head/'
+  params: dict = {}
+  with np.load(path) as file:
+    sizes = json.loads(file['meta'].item())['config']
+    for key in file.files:
+      if key.startswith(f'params/{scope}'):
+        module, name = key.removeprefix(f'params/{scope}').rsplit('/', 1)
+        params.setdefault(module, {})[name] = file[key]
+  source, target = tmp_path / 'model.bin', tmp_path / 'head.npz'
+  convert.save_params(source, params, scope=scope)
+  config, loaded = convert.load_diffusion_head(source)
+  assert loaded.keys() == params.keys()
+  for module, arrays in params.items():
+    assert loaded[module].keys() == arrays.keys()
+    for name, array in arrays.items():
+      np.testing.assert_array_equal(loaded[module][name], array)
+  transformer = config.transformer
+  assert (config.seq_channel, config.pair_channel) == (20, 12)
+  assert transformer.num_blocks == sizes['tblocks']
+  assert transformer.super_block_size == sizes['sb']
+  assert transformer.attention.num_head == sizes['theads']
+  assert config.atoms.per_token_channels == sizes['token']
+  arguments = [str(source), str(target), '--part', 'diffusion_head']
+  assert cli.main(['convert', *arguments]) == 0
+  assert target.exists()
+
+  del params['output_norm']
+  params['pair_transition_1ffw_transition2']['weights'] = np.zeros((5, 12))
+  convert.save_params(source, params, scope=scope)
+  message = refusal(source, alphafold3.load_diffusion_head)
+  assert f'missing {scope}output_norm//scale' in message
+  assert (
+    'pair_transition_1ffw_transition2//weights has shape [5, 12]' in message
+  )

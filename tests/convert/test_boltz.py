@@ -260,7 +260,7 @@ def assert_close(got: Any, want: np.ndarray, mask: Any = None) -> None:
 def test_converted_input_embedder_gives_upstreams_outputs(tmp_path):
   path, golden, _ = golden_checkpoint('v1_input_embedder', tmp_path)
   config, params = convert.load_boltz(path, 'input_embedder')
-  model = boltz_encoders.transform_boltz_atom_attention(config)
+  model = boltz_encoders.cached_atom_attention(config)
 
   @jax.jit
   def run(params, features):
@@ -294,7 +294,7 @@ def test_converted_score_model_gives_upstreams_outputs(tmp_path):
     token_transformer_depth=2,
     token_transformer_heads=3,
   )
-  model = boltz_encoders.transform_boltz_atom_attention(config)
+  model = boltz_encoders.cached_atom_attention(config)
   conditioner = {
     name.removeprefix('diffusion_conditioning/pairwise_conditioner/'): values
     for name, values in content.params.items()

@@ -16,6 +16,7 @@ import structattn_jax as sa
 from structattn_jax import checkpoint, convert
 from structattn_jax.convert import sedd, state_dicts, torch_file
 from structattn_jax.network.sedd import dual_track as network
+from structattn_jax.network.sedd import single_track
 
 GOLDENS = pathlib.Path(__file__).parents[1] / 'goldens/sedd_protein_ligand'
 FOLDER = GOLDENS / 'checkpoints'
@@ -69,7 +70,7 @@ def assert_scores(got: Any, want: np.ndarray) -> None:
 def single_scores(
   config: network.SeddConfig, params: Any, inputs: Any
 ) -> jax.Array:
-  apply = network.transform_sedd(config).apply
+  apply = single_track.transform_sedd(config).apply
 
   @jax.jit
   @jax.vmap
@@ -207,7 +208,9 @@ def test_parameters_are_those_of_our_modules():
   token, sigma = jnp.zeros(3, jnp.int32), jnp.ones(())
   key = jax.random.key(0)
   config, params = convert.load_sedd(SINGLE)
-  want = jax.eval_shape(network.transform_sedd(config).init, key, token, sigma)
+  want = jax.eval_shape(
+    single_track.transform_sedd(config).init, key, token, sigma
+  )
   assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, want)
   config, params = convert.load_sedd_dual_track(DUAL)
   init = network.transform_sedd_dual_track(config).init

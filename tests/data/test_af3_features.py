@@ -12,7 +12,7 @@ import pytest
 
 from structattn_jax import data
 from structattn_jax.data import chemical_components, structures
-from structattn_jax.network.alphafold3 import atom_layout
+from structattn_jax.network.alphafold3 import atom_layout, window_plan
 
 GOLDENS = pathlib.Path(__file__).parents[1] / 'goldens/af3_atom_cross_attention'
 FIXED = {'seed': 0, 'conformer': 'ideal', 'augment': False}
@@ -250,11 +250,12 @@ def test_windows_agree_with_those_of_the_batch(dhfr):
   features = data.pad_features(dhfr[1], n_token=256)
   plan, ref = data.alphafold3_windows(features)
   batch = data.alphafold3_batch(features)
-  want = atom_layout.plan_from_batch(batch, n_atom=plan.n_atom)
+  want = window_plan.plan_from_batch(batch, n_atom=plan.n_atom)
   assert plan.n_atom == features.atoms.mask.size
   jax.tree.map(np.testing.assert_array_equal, plan, want)
-  reference = atom_layout.ref_from_batch(want, batch)
-  jax.tree.map(np.testing.assert_array_equal, ref, reference)
+  for field in dataclasses.fields(ref):
+    reference = atom_layout.atoms_from_dense(want, batch[field.name])
+    np.testing.assert_array_equal(getattr(ref, field.name), reference)
   assert int(plan.num_atoms) == dhfr[1].n_atom
   assert ref.ref_pos.shape == (plan.n_atom, 3)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from structattn_jax import discrete_diffusion as dd
-from structattn_jax.discrete_diffusion import sampling
+from structattn_jax.discrete_diffusion import literal
 from structattn_jax.reference import discrete_diffusion as reference
 
 DIM = 6
@@ -95,7 +95,7 @@ def test_reverse_probabilities_of_true_scores_sum_to_one_and_are_bayes(kind):
     now = earlier @ step
     for token in TOKENS:
       score = reference.true_score(kind, clean, token, sigma)
-      got = sampling.step_probabilities(
+      got = literal.step_probabilities(
         graph,
         jnp.log(np.maximum(score, 1e-300)),
         jnp.asarray(token),
@@ -116,7 +116,7 @@ def test_probabilities_match_the_oracle_for_any_score(kind):
     ('analytic', reference.reverse_step),
     ('euler', reference.euler_step),
   ):
-    got = sampling.step_probabilities(
+    got = literal.step_probabilities(
       graph, **options, amount=jnp.float64(0.04), predictor=predictor
     )
     want = [

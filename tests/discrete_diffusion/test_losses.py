@@ -10,6 +10,7 @@ import pytest
 from structattn_jax import discrete_diffusion as dd
 from structattn_jax.discrete_diffusion import losses
 from structattn_jax.network.sedd import dual_track as network
+from structattn_jax.network.sedd import single_track
 from structattn_jax.reference import discrete_diffusion as reference
 
 KINDS = ('absorbing', 'uniform')
@@ -30,7 +31,7 @@ def clean():
   rng = np.random.default_rng(0)
   mask = np.ones((BATCH, N_PROTEIN), bool)
   mask[1, 4:] = False
-  return dd.ProteinLigand(
+  return network.ProteinLigand(
     protein=jnp.asarray(rng.integers(0, 6, (BATCH, N_PROTEIN)), jnp.int32),
     ligand=jnp.asarray(rng.integers(0, 11, (BATCH, N_LIGAND)), jnp.int32),
     protein_mask=jnp.asarray(mask),
@@ -206,7 +207,7 @@ def test_joint_loss_is_the_mean_of_both_tracks(params, clean, noised):
 
 def test_conditional_loss_has_the_generated_track_only(params, clean, noised):
   tokens, t = noised
-  tokens = dd.ProteinLigand(
+  tokens = network.ProteinLigand(
     clean.protein, tokens.ligand, clean.protein_mask, clean.ligand_mask
   )
   found = loss_of('ligand_given_protein')(params, clean, tokens, t)
@@ -222,10 +223,10 @@ def test_loss_ignores_what_is_masked_out(params, clean, noised):
   want = loss_of('joint')(params, clean, tokens, t).loss
   got = loss_of('joint')(
     params,
-    dd.ProteinLigand(
+    network.ProteinLigand(
       other, clean.ligand, *(clean.protein_mask, clean.ligand_mask)
     ),
-    dd.ProteinLigand(
+    network.ProteinLigand(
       garbage, tokens.ligand, tokens.protein_mask, tokens.ligand_mask
     ),
     t,
@@ -245,13 +246,13 @@ def test_dropout_of_the_loss_needs_a_key(params, clean, noised):
 
 
 def test_single_track_loss_sums_over_positions():
-  config = network.SeddConfig(
+  config = single_track.SeddConfig(
     hidden_size=8, num_head=2, num_block=1, cond_dim=4, vocab=7
   )
   tokens = jnp.array([[0, 6, 6], [6, 2, 3]])
   x0 = jnp.array([[0, 1, 2], [1, 2, 3]])
   shapes = jax.eval_shape(
-    network.transform_sedd(config).init,
+    single_track.transform_sedd(config).init,
     jax.random.key(0),
     tokens[0],
     jnp.float32(1),

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from structattn_jax import data, discrete_diffusion, training
+from structattn_jax import discrete_diffusion, training
 from structattn_jax.network.sedd import dual_track as sedd_dual_track
 from structattn_jax.training import objective
 
-BATCH = data.PairBatch(
+BATCH = sedd_dual_track.ProteinLigand(
   protein=np.array([[0, 5, 6, 2, 1], [0, 7, 2, 1, 1]], np.int32),
   protein_mask=np.array([[True] * 4 + [False], [True] * 3 + [False] * 2]),
   ligand=np.array([[0, 5, 1, 2], [0, 6, 7, 1]], np.int32),
@@ -39,7 +39,7 @@ def test_corruption_and_bound_leave_fixed_tokens_out():
   config = sedd_dual_track.DualTrackConfig(
     hidden_size=16, num_head=2, num_block=1, cond_dim=8, ligand_vocab=12
   )
-  clean = discrete_diffusion.ProteinLigand(
+  clean = sedd_dual_track.ProteinLigand(
     **jax.tree.map(jnp.asarray, vars(BATCH))
   )
   ends = objective.num_ends(training.DataConfig())

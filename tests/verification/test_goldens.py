@@ -17,7 +17,7 @@ import pytest
 
 import structattn_jax as sa
 from structattn_jax.components import segment
-from structattn_jax.network.sedd import dual_track as sedd_dual_track
+from structattn_jax.network.sedd import embeddings
 from structattn_jax.reference import alphafold3 as aca_reference
 from structattn_jax.reference import boltz as boltz_reference
 from structattn_jax.reference import pallatom as pallatom_reference
@@ -394,7 +394,7 @@ def sedd_inputs(dtype: str = 'float64') -> dict[str, np.ndarray]:
 @each_dtype
 def test_sedd_golden_timestep_matches(dtype):
   sigma = sedd_inputs(dtype)['sigma']
-  got = run(sedd_dual_track.timestep_embedding, sigma, dtype=dtype, vmap_axes=0)
+  got = run(embeddings.timestep_embedding, sigma, dtype=dtype, vmap_axes=0)
   assert_sedd_close(got, 'timestep/embedding', dtype)
   got = sedd_run(
     'sigma_map', lambda: sa.sedd.TimestepEmbedder(16), sigma, dtype=dtype
@@ -418,7 +418,7 @@ def test_sedd_golden_token_embedding_matches(dtype):
 def test_sedd_golden_rotary_matches(dtype):
   golden = load(SEDD)
   rotate = functools.partial(
-    run, sedd_dual_track.rotate_half, dtype=dtype, vmap_axes=0
+    run, embeddings.rotate_half, dtype=dtype, vmap_axes=0
   )
   # In float32 upstream's own input is slightly another one.
   outputs = {'float32': 'outputs', 'float64': 'outputs64'}[dtype]
@@ -445,7 +445,7 @@ def test_sedd_golden_cross_attention_matches(masked, dtype):
   arguments += [inputs['context_mask']] * masked
   got = sedd_run(
     'cross_attn',
-    lambda: sedd_dual_track.CrossAttention(SEDD_CONFIG),
+    lambda: sa.sedd.CrossAttention(SEDD_CONFIG),
     *arguments,
     dtype=dtype,
   )

@@ -2,7 +2,7 @@
 
 384 single and 128 pair channels, 12 heads, translations in units of 10 A.
 Candidates:
-  blocked, dense: the implementations of `network.invariant_point_attention`.
+  blocked, dense: the implementations of `sa.alphafold2`.
   published: the released computation written out: point distances and point
     sums elementwise over [n_head, n_res, n_res, n_point], an additive mask.
   alphafold: DeepMind's own class, where the package `alphafold-colabfold` can

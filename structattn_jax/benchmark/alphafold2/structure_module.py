@@ -3,8 +3,8 @@
 384 single and 128 pair channels. Every candidate returns the final single
 representation, the backbone frames of all iterations and the final atoms.
 Candidates:
-  ours: `network.structure_module` as it is by default, side chains of the last
-    iteration.
+  ours: `sa.alphafold2.StructureModule` as it is by default, side chains of the
+    last iteration.
   published: the released loop written out: the pair projected to logits, and
     side chains built, in every iteration; attention as 'published' in `ipa`.
   alphafold: DeepMind's own class, where the package `alphafold-colabfold` can

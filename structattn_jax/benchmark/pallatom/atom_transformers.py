@@ -3,8 +3,8 @@
 128 atom, 16 atom pair, 256 token and 128 token pair channels, 2 blocks in the
 encoder and 3 in the decoder, 4 heads, a window of 32 residues; 5 atoms per
 residue as its featuriser makes them, and 14. Candidates:
-  lean: `network.pallatom_atom_transformers` with a plan made before, p_skip in
-    factors and no p as output.
+  blocked: `network.pallatom` with a plan made before, p_skip in factors and no
+    p as output.
   published: the published formulation as a plain port: gathered keys and pairs.
   torch: the same in PyTorch where that is installed; it also builds its index
     in each call, as published. The baseline, else 'published' is. As many
@@ -13,7 +13,7 @@ residue as its featuriser makes them, and 14. Candidates:
 'forward+backward' is the mean square of all outputs and its gradient with
 respect to parameters and float inputs. What would take most of the memory is
 left out of the published formulations. 'index' builds the neighbour lists:
-on the host (`build_sparse_pairs`, and the plan of 'lean') or under jit.
+on the host (`build_sparse_pairs`, and the plan of 'blocked') or under jit.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ import numpy as np
 
 from structattn_jax.benchmark import harness
 from structattn_jax.benchmark.pallatom import published
-from structattn_jax.network.pallatom import atom_transformers as pallatom
+from structattn_jax.network import pallatom
 from structattn_jax.network.pallatom import neighbour_plan
 
 Mode = Literal[
@@ -100,9 +100,11 @@ def candidates(mode: Mode, case: Case) -> tuple[str, ...]:
   """What is measured; the last is the baseline."""
   pairs = pallatom.required_neighbours(case.tok_idx) * len(case.tok_idx)
   if pairs * case.n_batch > _MOST_PAIRS[mode.partition(', ')[2]]:
-    return ('lean',)
+    return ('blocked',)
   return (
-    ('lean', 'published', 'torch') if has_torch() else ('lean', 'published')
+    ('blocked', 'published', 'torch')
+    if has_torch()
+    else ('blocked', 'published')
   )
 
 
@@ -209,7 +211,7 @@ def inputs(mode: Mode, case: Case) -> tuple[Any, ...]:
     }
     others: dict[str, Any] = {'ref_space_uid': uid}
   else:
-    skip = pallatom.residue_windows.PairSkip(
+    skip = pallatom.PairSkip(
       query=normal(n_atom, 16),
       key=normal(n_atom, 16),
       position=normal(n_atom, 3),
@@ -276,7 +278,7 @@ def candidate(
 
 def function(mode: Mode, case: Case, name: str) -> Callable[..., Any]:
   """A candidate in JAX."""
-  forward = {'lean': _lean, 'published': _published}[name]
+  forward = {'blocked': _blocked, 'published': _published}[name]
 
   def outputs(params, floats, others, plan):
     return forward(mode, case, params, floats, others, plan)
@@ -296,18 +298,10 @@ def function(mode: Mode, case: Case, name: str) -> Callable[..., Any]:
 
 def expected(mode: Mode, case: Case, args: Sequence[Any]) -> Any:
   """The result of 'published' in float64, of the float32 arguments."""
-  with jax.enable_x64(True):
-    wide = jax.tree.map(
-      lambda x: (
-        np.asarray(x, np.float64) if x.dtype == np.float32 else np.asarray(x)
-      ),
-      tuple(args),
-    )
-    found = jax.jit(function(mode, case, 'published'))(*wide)
-    return jax.tree.map(np.asarray, found)
+  return harness.in_float64(function(mode, case, 'published'), args)
 
 
-def _lean(
+def _blocked(
   mode: Mode, case: Case, params: Any, floats: Any, others: Any, plan: Any
 ) -> tuple[jax.Array, ...]:
   tok_idx = jnp.asarray(case.tok_idx)
@@ -379,7 +373,7 @@ def _torch(
   fn = {'encoder': published.encoder, 'decoder': published.decoder}[kind]
 
   def forward() -> tuple[Any, ...]:
-    pairs = published.torch_pairs(torch, tok, pallatom.WINDOW_SIZE)
+    pairs = published.torch_pairs(torch, tok, neighbour_plan.WINDOW_SIZE)
     return fn(library, state, arrays, tok, pairs, _BLOCKS[kind], 4)
 
   if mode.endswith(', forward'):
@@ -423,7 +417,7 @@ def index_candidates(
     return pallatom.build_sparse_pairs(tok, max_neighbours=needed)
 
   def compared(tok: jax.Array) -> Any:
-    near = jnp.abs(tok[:, None] - tok) < pallatom.WINDOW_SIZE // 2
+    near = jnp.abs(tok[:, None] - tok) < neighbour_plan.WINDOW_SIZE // 2
     ordered = jnp.where(near, jnp.arange(len(tok)), len(tok))
     ordered = jnp.sort(ordered, 1)[:, :needed]
     valid = ordered < len(tok)
@@ -441,7 +435,7 @@ def index_candidates(
     torch: Any = importlib.import_module('torch')
     found['torch'] = host(
       lambda tok: published.torch_pairs(
-        torch, torch.from_numpy(tok).long(), pallatom.WINDOW_SIZE
+        torch, torch.from_numpy(tok).long(), neighbour_plan.WINDOW_SIZE
       )
     )
   return found

@@ -2,7 +2,7 @@
 
 Default width (768 channels, 12 heads) or 256 channels, vocabularies of 37 and
 2365. Candidates:
-  program: `kernels.sedd_dual_track`, what the samplers use.
+  program: `prepared_network`, what the samplers use.
   network: the Haiku network, layers in a loop over stacked parameters;
     'network, dots' computes all but products with weights again in the
     backward pass, 'network, full' all of a layer.
@@ -33,10 +33,18 @@ import optax
 
 from structattn_jax.benchmark import harness
 from structattn_jax.benchmark.sedd import torch_code as sedd_torch
+from structattn_jax.discrete_diffusion import (
+  absorbing,
+  literal,
+  losses,
+  prepared_network,
+  samplers,
+  schedule,
+)
 from structattn_jax.discrete_diffusion import graph as graph_lib
-from structattn_jax.discrete_diffusion import losses, sampling
 from structattn_jax.discrete_diffusion import noise as noise_lib
-from structattn_jax.discrete_diffusion import prepared_network as kernel
+from structattn_jax.discrete_diffusion import program as program_lib
+from structattn_jax.network.sedd import blocks, embeddings
 from structattn_jax.network.sedd import dual_track as network
 
 
@@ -245,28 +253,28 @@ def forward(case: Case) -> dict[str, Candidate]:
   tokens = batch_of(config, case)
   sigma = np.linspace(0.3, 3, case.batch, dtype=np.float32)
   program = jax.jit(
-    lambda params: kernel.prepare(config, params, absorbing=False)
+    lambda params: program_lib.prepare(config, params, absorbing=False)
   )(params)
 
   def scores(logits, tokens, sigma):
     return {
-      track: network.log_score(logits[track], ids, sigma[:, None])
+      track: graph_lib.log_score(logits[track], ids, sigma[:, None])
       for track, ids in tokens.items()
     }
 
   def by_program(program, tokens, sigma):
-    modulation = kernel.modulations(program, sigma)
-    begun = kernel.joint(program, modulation, tokens, _NO_MASKS)
+    modulation = prepared_network.modulations(program, sigma)
+    begun = prepared_network.begin(program, modulation, tokens, _NO_MASKS)
     return scores(begun.logits(), tokens, sigma)
 
   def by_network(params, tokens, sigma):
     found = losses.batched_logits(
-      config, params, losses.ProteinLigand(**tokens), sigma
+      config, params, network.ProteinLigand(**tokens), sigma
     )
     return scores(vars(found), tokens, sigma)
 
   def published(params, tokens, sigma):
-    found = _unrolled(config, params, losses.ProteinLigand(**tokens), sigma)
+    found = _unrolled(config, params, network.ProteinLigand(**tokens), sigma)
     return scores(found, tokens, sigma)
 
   found = {
@@ -288,7 +296,7 @@ def forward(case: Case) -> dict[str, Candidate]:
 def _unrolled(
   config: network.DualTrackConfig,
   params: hk.Params,
-  tokens: losses.ProteinLigand,
+  tokens: network.ProteinLigand,
   sigma: Any,
 ) -> dict[str, jax.Array]:
   """Joint logits of a batch with the layers written out."""
@@ -297,7 +305,7 @@ def _unrolled(
     transformed = hk.without_apply_rng(hk.transform(fn))
     return transformed.apply(params, *arguments)
 
-  scope = f'dual_track/{network.LAYER_STACK}/'
+  scope = f'dual_track/{blocks.LAYER_STACK}/'
   stacked = {
     path.removeprefix(scope): values
     for path, values in params.items()
@@ -308,7 +316,7 @@ def _unrolled(
     own = jax.tree.map(lambda x: x[index], stacked)
     return [
       apply(
-        lambda x, y, name=name: network.DDiTBlock(config, name=name)(
+        lambda x, y, name=name: blocks.DDiTBlock(config, name=name)(
           x, condition, None, y
         ),
         own,
@@ -320,7 +328,7 @@ def _unrolled(
 
   def one(protein, ligand, sigma):
     condition = apply(
-      lambda sigma: network.TimestepEmbedder(config.cond_dim)(sigma),
+      lambda sigma: embeddings.TimestepEmbedder(config.cond_dim)(sigma),
       params,
       sigma,
     )
@@ -336,7 +344,7 @@ def _unrolled(
       states = layer(*states, condition=condition, index=index)
     return {
       track: apply(
-        lambda x, track=track, vocab=vocab: network.FinalLayer(
+        lambda x, track=track, vocab=vocab: blocks.FinalLayer(
           config, vocab, name=f'{track}_output'
         )(x, condition),
         params,
@@ -358,7 +366,7 @@ def _unrolled(
 def training(case: Case) -> dict[str, Candidate]:
   """Joint loss, gradient, clipping, AdamW, and moving average."""
   config, params = model(case)
-  clean = losses.ProteinLigand(**batch_of(config, case))
+  clean = network.ProteinLigand(**batch_of(config, case))
   t = jnp.linspace(0.2, 0.9, case.batch)
   noised = losses.corrupt(config, jax.random.key(0), clean, t)
   # Clipping and decay as published.
@@ -439,10 +447,10 @@ def conditional_sampling(case: Case) -> dict[str, Candidate]:
 
 
 def _sampling(
-  case: Case, mode: network.Mode, predictor: sampling.Predictor
+  case: Case, mode: network.Mode, predictor: schedule.Predictor
 ) -> dict[str, Candidate]:
   config, params = model(case)
-  sampler = sampling.SamplerConfig(steps=case.steps, predictor=predictor)
+  sampler = schedule.SamplerConfig(steps=case.steps, predictor=predictor)
   lengths = {'protein': case.n_protein, 'ligand': case.n_ligand}
   tracks = network.tracks_of(mode)
   protein = batch_of(config, case)['protein'][:1]
@@ -451,10 +459,10 @@ def _sampling(
     track: (lengths[track], getattr(config, f'{track}_vocab'))
     for track in tracks.generated
   }
-  program = jax.jit(lambda params: kernel.prepare(config, params))(params)
+  program = jax.jit(lambda params: program_lib.prepare(config, params))(params)
 
   def ours(program, key, context):
-    return sampling.sample(
+    return samplers.sample(
       config,
       program,
       key,
@@ -475,20 +483,20 @@ def _sampling(
       found = losses.batched_logits(
         config,
         params,
-        losses.ProteinLigand(**tokens, **context),
+        network.ProteinLigand(**tokens, **context),
         jnp.full(case.batch, sigma),
         mode=mode,
       )
       return {track: getattr(found, track) for track in tokens}
 
-    plan = sampling.schedule(noise_lib.DEFAULT, sampler)
+    plan = schedule.make_schedule(noise_lib.DEFAULT, sampler)
     keys = jax.random.split(key, case.steps + 1)
 
     def draw(probabilities, key):
       uniform = jax.random.uniform(key, probabilities.shape)
-      return sampling.categorical_from_uniform(probabilities, uniform)
+      return literal.categorical_from_uniform(probabilities, uniform)
 
-    return sampling._literal(
+    return literal.run_literal(
       of_tokens,
       {track: graph_lib.Absorbing(dim) for track, (_, dim) in sizes.items()},
       {
@@ -514,7 +522,7 @@ def _sampling(
       track: np.repeat(x, case.batch, 0) for track, x in context.items()
     }
     given = sedd_torch.tensors(copies)
-    plan = sampling.schedule(noise_lib.DEFAULT, sampler)
+    plan = schedule.make_schedule(noise_lib.DEFAULT, sampler)
     found['torch'] = Candidate(
       lambda: sedd_torch.sample(
         state, mode, sizes, given, plan, case.batch, config.num_head
@@ -531,7 +539,7 @@ def update(shape: tuple[int, int, int]) -> dict[str, Candidate]:
   tokens: Any = np.full((batch, n), dim - 1, np.int32)
   sigma: Any = np.float32(1.2)
   dsigma = np.float32(0.03)
-  extra = -(dim - 1) % kernel.BLOCK
+  extra = -(dim - 1) % program_lib.BLOCK
   # The samplers' output layer writes them like this.
   padded = np.pad(
     logits[..., :-1], ((0, 0), (0, 0), (0, extra)), constant_values=-1e30
@@ -541,18 +549,18 @@ def update(shape: tuple[int, int, int]) -> dict[str, Candidate]:
 
   def ours(logits, tokens, key):
     uniform = jax.random.uniform(key, (batch, n, 2))
-    return sampling.replace_from_uniform(
+    return absorbing.replace_from_uniform(
       logits, tokens, log_chance, uniform, dim=dim
     )
 
   def published(log_score, tokens, key):
-    probabilities = sampling.step_probabilities(
+    probabilities = literal.step_probabilities(
       graph_lib.Absorbing(dim), log_score, tokens, jnp.asarray(dsigma)
     )
     uniform = jax.random.uniform(key, probabilities.shape)
-    return sampling.categorical_from_uniform(probabilities, uniform)
+    return literal.categorical_from_uniform(probabilities, uniform)
 
-  log_score = np.array(network.log_score(logits, tokens, sigma))
+  log_score = np.array(graph_lib.log_score(logits, tokens, sigma))
   # On the device before, as torch's tensors are.
   found = {
     'program': _compiled(ours, *map(jnp.asarray, (padded, tokens)), key),

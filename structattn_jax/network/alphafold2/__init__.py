@@ -8,13 +8,14 @@ from structattn_jax.network.alphafold2.fape import (
   torsion_angle_loss,
 )
 from structattn_jax.network.alphafold2.invariant_point_attention import (
+  CachedIpa,
   InvariantPointAttention,
   InvariantPointAttentionConfig,
   InvariantPointAttentionOutput,
   LowRankPair,
   SharedPair,
+  cached_ipa,
   transform_ipa,
-  transform_ipa_pair_bias,
 )
 from structattn_jax.network.alphafold2.structure_module import (
   FoldIteration,
@@ -25,6 +26,7 @@ from structattn_jax.network.alphafold2.structure_module import (
 )
 
 __all__ = [
+  'CachedIpa',
   'FoldIteration',
   'InvariantPointAttention',
   'InvariantPointAttentionConfig',
@@ -35,11 +37,11 @@ __all__ = [
   'StructureModuleConfig',
   'StructureModuleOutput',
   'backbone_loss',
+  'cached_ipa',
   'frame_aligned_point_error',
   'multimer_backbone_loss',
   'sidechain_loss',
   'torsion_angle_loss',
   'transform_ipa',
-  'transform_ipa_pair_bias',
   'transform_structure_module',
 ]

@@ -21,7 +21,7 @@ _ANGLE_EPSILON = 1e-12
 
 
 def normalise_torsion_angles(angles_sin_cos: jax.Array) -> jax.Array:
-  """Angles of norm one, Alg. 20 line 14: u rsqrt(max(u·u, 1e-12)).
+  """Angles of norm one, Alg. 24 line 1: u rsqrt(max(u·u, 1e-12)).
 
   Args:
     angles_sin_cos: [..., 2] float, (sin, cos) of any length.

@@ -26,7 +26,7 @@ an accuracy that does not depend on the distance from the origin.
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, Self
+from typing import Any, Literal, NamedTuple, Self
 
 import haiku as hk
 import jax
@@ -288,7 +288,7 @@ class InvariantPointAttention(hk.Module):
     q_point, k_point, v_point = (_rotate(rotation, p) for p in points)
     v_point = v_point + translation[:, None, None]
 
-    # Lines 7-10: attention over whole rows of keys.
+    # Lines 4-6: what the logits are made of.
     rows, context = self._queries_and_keys(
       scalars, (q_point, k_point, v_point), translation, mask
     )
@@ -296,6 +296,7 @@ class InvariantPointAttention(hk.Module):
     if shared is not None:
       rows = rows._replace(pair_inverse_deviation=shared.inverse_deviation)
     rows = rows._replace(pair_gradient=pair_gradient)
+    # Lines 7-10: attention over whole rows of keys.
     if return_attention:
       result, weights = kernel.attend(rows, context)
     else:
@@ -651,33 +652,49 @@ def transform_ipa(
   return hk.without_apply_rng(hk.transform(forward))
 
 
-def transform_ipa_pair_bias(
+class CachedIpa(NamedTuple):
+  """Functions of one config.
+
+  Attributes:
+    init: that of `transform_ipa`.
+    precompute: `precompute(params, pair)` -> [n_res, n_head, n_res] float32,
+      the pair's term of the logits; `pair` is [n_res, n_res, c_z] float or a
+      `LowRankPair`.
+    apply: that of `transform_ipa`, whose argument `pair_bias` takes it.
+  """
+
+  init: Callable[..., Any]
+  precompute: Callable[..., jax.Array]
+  apply: Callable[..., Any]
+
+
+def cached_ipa(
   config: InvariantPointAttentionConfig | None = None,
-) -> hk.Transformed:
-  """Pure functions of the pair's term of the logits, to be computed once.
+) -> CachedIpa:
+  """Pure functions of IPA that share the pair's logits over many calls.
 
-    >>> init, apply = transform_ipa_pair_bias()
-    >>> pair = jnp.ones((4, 4, 8))
-    >>> params = init(jax.random.key(0), pair)
-    >>> apply(params, pair).shape
-    (4, 12, 4)
-
-  The result is the argument `pair_bias` of `transform_ipa`'s `apply`.
+    >>> init, precompute, apply = cached_ipa()
+    >>> single, pair = jnp.ones((4, 16)), jnp.ones((4, 4, 8))
+    >>> frames = jnp.broadcast_to(jnp.eye(3), (4, 3, 3)), jnp.zeros((4, 3))
+    >>> params = init(jax.random.key(0), single, pair, *frames)
+    >>> bias = precompute(params, pair)
+    >>> apply(params, single, pair, *frames, pair_bias=bias).shape
+    (4, 16)
 
   Args:
     config: as in `transform_ipa`.
 
   Returns:
-    `init(key, pair)`, of the parameters that it uses, and `apply(params, pair)`
-    -> [n_res, n_head, n_res] float32, which also takes all of `transform_ipa`;
-    `pair` is [n_res, n_res, c_z] float or a `LowRankPair`.
+    The functions.
   """
   config = config or InvariantPointAttentionConfig()
 
   def pair_bias(pair):
     return InvariantPointAttention(config).pair_bias(pair)
 
-  return hk.without_apply_rng(hk.transform(pair_bias))
+  init, apply = transform_ipa(config)
+  precompute = hk.without_apply_rng(hk.transform(pair_bias)).apply
+  return CachedIpa(init, precompute, apply)
 
 
 class _PointProjection(hk.Module):

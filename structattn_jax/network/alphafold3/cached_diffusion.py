@@ -26,6 +26,7 @@ from structattn_jax.network.alphafold3 import atom_layout
 from structattn_jax.network.alphafold3 import cached_atom_attention as aca
 from structattn_jax.network.alphafold3 import diffusion_head as dh
 from structattn_jax.network.alphafold3 import diffusion_transformer as dt
+from structattn_jax.network.alphafold3 import transformer_parameters as tp
 
 # Pairs of tokens whose conditioning is computed at a time: what stays in cache
 # on CPU, and what takes half a GB elsewhere.
@@ -185,7 +186,7 @@ def cached_diffusion_head(
       embeddings.single,
       pair_cond,
       config=config.atoms,
-      name=dh.ATOMS,
+      prefix=dh.ATOMS,
     )
     blocks = _blocks(params)
     pair = functional.layer_norm(
@@ -234,7 +235,7 @@ def cached_diffusion_head(
     )
     encoding = jax.vmap(
       lambda x: aca.encode(
-        params, conditioning.atoms, x, config=config.atoms, name=dh.ATOMS
+        params, conditioning.atoms, x, config=config.atoms, prefix=dh.ATOMS
       )
     )(preconditioning.preconditioning(noise_level).c_in * positions)
     act = numerics.at_least_float32(encoding.token_act)
@@ -255,7 +256,7 @@ def cached_diffusion_head(
         act,
         skip,
         config=config.atoms,
-        name=dh.ATOMS,
+        prefix=dh.ATOMS,
       )
     )(act, encoding.skip_connection)
     denoised = preconditioning.denoised_positions(
@@ -350,10 +351,10 @@ def _blocks(params: Params) -> dict[str, Any]:
     return x.reshape(-1, *x.shape[2:])
 
   blocks: dict[str, Any] = jax.tree.map(
-    join, pm.below(own, f'{dt.STACK}{dt.STACK}transformer')
+    join, pm.below(own, f'{tp.STACK}{tp.STACK}transformer')
   )
   name = 'pair_logits_projection'
-  projection = pm.module(own, f'{dt.STACK}{name}')['weights']
+  projection = pm.module(own, f'{tp.STACK}{name}')['weights']
   blocks[name] = {'weights': join(jnp.moveaxis(projection, 2, 1))}
   return blocks
 

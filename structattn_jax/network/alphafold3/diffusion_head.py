@@ -40,10 +40,10 @@ from structattn_jax.components import functional, preconditioning
 from structattn_jax.components import haiku_modules as hm
 from structattn_jax.components import parameters as pm
 from structattn_jax.components.parameters import Params
-from structattn_jax.network.alphafold3 import atom_cross_attention as atoms
-from structattn_jax.network.alphafold3 import atom_layout
-from structattn_jax.network.alphafold3 import cached_atom_attention as aca
+from structattn_jax.network.alphafold3 import atom_cross_attention as published
+from structattn_jax.network.alphafold3 import atom_layout, window_plan
 from structattn_jax.network.alphafold3 import diffusion_transformer as dt
+from structattn_jax.network.alphafold3 import transformer_parameters as tp
 
 # Clipping of offsets along a chain and of copies of an entity.
 R_MAX, S_MAX = 32, 2
@@ -73,11 +73,11 @@ class DiffusionHeadConfig(base_config.BaseConfig):
 
   seq_channel: int = 384
   pair_channel: int = 128
-  atoms: aca.AtomCrossAttConfig = dataclasses.field(
-    default_factory=aca.AtomCrossAttConfig
+  atoms: published.AtomCrossAttConfig = dataclasses.field(
+    default_factory=published.AtomCrossAttConfig
   )
-  transformer: dt.TransformerConfig = dataclasses.field(
-    default_factory=lambda: dt.TransformerConfig(block_remat=True)
+  transformer: tp.TransformerConfig = dataclasses.field(
+    default_factory=lambda: tp.TransformerConfig(block_remat=True)
   )
   bfloat16: bool = False
 
@@ -124,7 +124,7 @@ class DiffusionHeadBatch:
 
   @classmethod
   def from_batch(
-    cls, batch: Mapping[str, Any], **options: Unpack[atom_layout.PlanOptions]
+    cls, batch: Mapping[str, Any], **options: Unpack[window_plan.PlanOptions]
   ) -> 'DiffusionHeadBatch':
     """Reads upstream's batch dictionary, on the host.
 
@@ -225,15 +225,14 @@ def diffusion_head(
     params, noise_level, batch.tokens, embeddings, use_conditioning
   )
   # Lines 2 and 3. The atoms see the single embedding in any case.
-  encoded = atoms.encoder(
+  encoded = published.atom_cross_att_encoder(
     params,
     batch.atoms,
     preconditioning.preconditioning(noise_level).c_in * positions,
     embeddings.single,
     pair_cond,
-    name=ATOMS,
-    uid_rule=config.atoms.uid_rule,
-    padded_keys=config.atoms.padded_keys,
+    config=config.atoms,
+    prefix=ATOMS,
   )
   # Line 4.
   act = encoded.token_act + embed_single_cond(params, single_cond)
@@ -249,13 +248,13 @@ def diffusion_head(
   ).astype(act.dtype)
   # Lines 6 and 7.
   act = functional.layer_norm(params, 'output_norm', act)
-  update = atoms.decoder(
+  update = published.atom_cross_att_decoder(
     params,
     batch.atoms,
     act,
     encoded,
-    name=ATOMS,
-    padded_keys=config.atoms.padded_keys,
+    config=config.atoms,
+    prefix=ATOMS,
   )
   # Line 8.
   denoised = preconditioning.denoised_positions(positions, update, noise_level)
@@ -318,7 +317,7 @@ def noisy_single_cond(
 def transitions(params: Params, name: str, x: jax.Array) -> jax.Array:
   """The two transitions of a conditioning (Alg. 21, lines 3-5 and 10-12)."""
   for i in range(_NUM_TRANSITIONS):
-    x += dt.transition_block(params, x, name=f'{name}_{i}')
+    x += dt.transition_block(params, x, prefix=f'{name}_{i}')
   return x
 
 
@@ -485,7 +484,7 @@ def diffusion_head_parameters(
     'single_cond_initial': (single_channels + target_channels, c_s),
     'noise_embedding_initial': (len(noise_constants()[0]), c_s),
   }
-  table = aca.atom_cross_att_parameters(
+  table = published.atom_cross_att_parameters(
     config.atoms, ATOMS, single_channels=single_channels, pair_channels=c_z
   )
   for name, (size, channels) in joined.items():
@@ -493,14 +492,14 @@ def diffusion_head_parameters(
     table[f'{name}_projection'] = pm.linear(size, channels)
   for name, channels in (('pair', c_z), ('single', c_s)):
     for i in range(_NUM_TRANSITIONS):
-      table |= dt.transition_block_parameters(
+      table |= tp.transition_block_parameters(
         channels, None, _FACTOR, f'{name}_transition_{i}'
       )
   table['single_cond_embedding_norm'] = pm.layer_norm(c_s)
   table['single_cond_embedding_projection'] = pm.linear(
     c_s, c_token, initializer='zeros'
   )
-  transformer = dt.transformer_parameters(config.transformer, c_token, c_s, c_z)
+  transformer = tp.transformer_parameters(config.transformer, c_token, c_s, c_z)
   table |= {f'transformer/{name}': own for name, own in transformer.items()}
   table['output_norm'] = pm.layer_norm(c_token)
   return table

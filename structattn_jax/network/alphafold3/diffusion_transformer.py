@@ -6,8 +6,9 @@ transformer), 24 (attention with pair bias), 25 (conditioned transition) and 26
 `model/network/diffusion_transformer.py` @ c0f97ed.
 
 Everything is a pure function of a parameter tree with upstream's names
-(`{name}q_projection`, ...) and stacked blocks; sizes are read off the
-parameters. `Transformer` and `CrossAttTransformer` are the Haiku modules.
+(`{prefix}q_projection`, ...) and stacked blocks, see `transformer_parameters`;
+sizes are read off them. `Transformer` and `CrossAttTransformer` are the Haiku
+modules.
 
 The atom transformer is here as published, on upstream's layouts;
 `window_transformer.py` has the same on flat atoms, which is faster.
@@ -23,7 +24,6 @@ Differs from the released code: a row of `self_attention` without any key gives
 zeros.
 """
 
-import dataclasses
 import typing
 from typing import Any, Literal
 
@@ -31,114 +31,32 @@ import haiku as hk
 import jax
 import jax.numpy as jnp
 
-from structattn_jax.common import base_config, checks, numerics
+from structattn_jax.common import checks, numerics
 from structattn_jax.components import functional
 from structattn_jax.components import haiku_modules as hm
 from structattn_jax.components import parameters as pm
 from structattn_jax.components.parameters import Params
 from structattn_jax.network.alphafold3 import atom_layout
 from structattn_jax.network.alphafold3.atom_layout import Arranged, GatherInfo
+from structattn_jax.network.alphafold3.transformer_parameters import (
+  STACK,
+  CrossAttTransformerConfig,
+  TransformerConfig,
+  cross_att_transformer_parameters,
+  transformer_parameters,
+)
 
 PaddedKeys = Literal['official', 'masked']
-FinalInit = Literal['zeros', 'linear']
 
 # Upstream's logit of a masked key.
 MASKED = -1e9
-# Haiku's scope of stacked blocks.
-STACK = '__layer_stack_with_per_layer/'
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CrossAttentionConfig(base_config.BaseConfig):
-  """Sizes of the attention over windows.
-
-  Attributes:
-    num_head: number of heads.
-    key_dim: channels of queries and keys, all heads together.
-    value_dim: channels of values, all heads together.
-  """
-
-  num_head: int = 4
-  key_dim: int = 128
-  value_dim: int = 128
-
-  def __post_init__(self) -> None:
-    super().__post_init__()
-    _check_heads(self.num_head, key_dim=self.key_dim, value_dim=self.value_dim)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SelfAttentionConfig(base_config.BaseConfig):
-  """Sizes of the attention over tokens.
-
-  Attributes:
-    num_head: number of heads.
-    key_dim: channels of queries and keys, all heads together; None takes the
-      channels of the activations.
-    value_dim: likewise for values.
-  """
-
-  num_head: int = 16
-  key_dim: int | None = None
-  value_dim: int | None = None
-
-  def __post_init__(self) -> None:
-    super().__post_init__()
-    _check_heads(self.num_head, key_dim=self.key_dim, value_dim=self.value_dim)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CrossAttTransformerConfig(base_config.BaseConfig):
-  """Sizes of the atom transformer.
-
-  Attributes:
-    num_intermediate_factor: hidden channels of the transition per channel.
-    num_blocks: number of blocks.
-    attention: sizes of the attention.
-  """
-
-  num_intermediate_factor: int = 2
-  num_blocks: int = 3
-  attention: CrossAttentionConfig = dataclasses.field(
-    default_factory=CrossAttentionConfig
-  )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TransformerConfig(base_config.BaseConfig):
-  """Sizes of the token transformer.
-
-  Attributes:
-    attention: sizes of the attention.
-    num_blocks: number of blocks, a multiple of `super_block_size`.
-    super_block_size: blocks whose pair logits are computed together.
-    num_intermediate_factor: hidden channels of the transition per channel.
-    block_remat: whether to recompute each block in the backward pass.
-  """
-
-  attention: SelfAttentionConfig = dataclasses.field(
-    default_factory=SelfAttentionConfig
-  )
-  num_blocks: int = 24
-  super_block_size: int = 4
-  num_intermediate_factor: int = 2
-  block_remat: bool = False
-
-  def __post_init__(self) -> None:
-    super().__post_init__()
-    self.check_at_least(1, 'num_blocks', 'super_block_size')
-    if self.num_blocks % self.super_block_size:
-      raise ValueError(
-        f'TransformerConfig: num_blocks={self.num_blocks} must be divisible by '
-        f'super_block_size={self.super_block_size}'
-      )
 
 
 # The published functions.
 
 
 def adaptive_layernorm(
-  params: Params, x: jax.Array, single_cond: jax.Array | None, name: str = ''
+  params: Params, x: jax.Array, single_cond: jax.Array | None, prefix: str = ''
 ) -> jax.Array:
   """Layer norm whose scale and shift depend on the conditioning (Alg. 26).
 
@@ -147,46 +65,46 @@ def adaptive_layernorm(
   Without conditioning: an ordinary layer norm with scale and offset.
 
   Args:
-    params: `{name}single_cond_layer_norm`, `{name}single_cond_scale` and
-      `{name}single_cond_bias`, or `{name}layer_norm`.
+    params: `{prefix}single_cond_layer_norm`, `{prefix}single_cond_scale` and
+      `{prefix}single_cond_bias`, or `{prefix}layer_norm`.
     x: [..., c] float.
     single_cond: [..., c_cond] float, or None.
-    name: prefix of the parameters.
+    prefix: of the parameters.
 
   Returns:
     [..., c] in the dtype of `x`.
   """
   if single_cond is None:
-    return functional.layer_norm(params, f'{name}layer_norm', x)
+    return functional.layer_norm(params, f'{prefix}layer_norm', x)
   single_cond = functional.layer_norm(
-    params, f'{name}single_cond_layer_norm', single_cond
+    params, f'{prefix}single_cond_layer_norm', single_cond
   )
-  scale = functional.linear(params, f'{name}single_cond_scale', single_cond)
-  bias = functional.linear(params, f'{name}single_cond_bias', single_cond)
+  scale = functional.linear(params, f'{prefix}single_cond_scale', single_cond)
+  bias = functional.linear(params, f'{prefix}single_cond_bias', single_cond)
   return jax.nn.sigmoid(scale) * numerics.layer_norm(x) + bias
 
 
 def adaptive_zero_init(
-  params: Params, x: jax.Array, single_cond: jax.Array | None, name: str = ''
+  params: Params, x: jax.Array, single_cond: jax.Array | None, prefix: str = ''
 ) -> jax.Array:
   """Output projection with a gate that depends on the conditioning.
 
   y = sigmoid(c W + b) * (x W_o), with b = -2 and W = 0 initially.
 
   Args:
-    params: `{name}transition2` and, with conditioning,
-      `{name}adaptive_zero_cond`.
+    params: `{prefix}transition2` and, with conditioning,
+      `{prefix}adaptive_zero_cond`.
     x: [..., c_in] float.
     single_cond: [..., c_cond] float, or None: no gate.
-    name: prefix of the parameters.
+    prefix: of the parameters.
 
   Returns:
     [..., c] in the dtype of `x`.
   """
-  output = functional.linear(params, f'{name}transition2', x)
+  output = functional.linear(params, f'{prefix}transition2', x)
   if single_cond is None:
     return output
-  gate = functional.linear(params, f'{name}adaptive_zero_cond', single_cond)
+  gate = functional.linear(params, f'{prefix}adaptive_zero_cond', single_cond)
   return jax.nn.sigmoid(gate) * output
 
 
@@ -194,25 +112,25 @@ def transition_block(
   params: Params,
   x: jax.Array,
   single_cond: jax.Array | None = None,
-  name: str = '',
+  prefix: str = '',
 ) -> jax.Array:
   """Gated transition (Alg. 25): AdaLN, swish(a) * b, gated projection.
 
   Args:
-    params: `{name}ffw_transition1` and those of `adaptive_layernorm` and
-      `adaptive_zero_init` with the prefix `{name}ffw_`.
+    params: `{prefix}ffw_transition1` and those of `adaptive_layernorm` and
+      `adaptive_zero_init` with the prefix `{prefix}ffw_`.
     x: [..., c] float.
     single_cond: [..., c_cond] float, or None.
-    name: prefix of the parameters.
+    prefix: of the parameters.
 
   Returns:
     The update, [..., c].
   """
-  x = adaptive_layernorm(params, x, single_cond, f'{name}ffw_')
+  x = adaptive_layernorm(params, x, single_cond, f'{prefix}ffw_')
   hidden = functional.swish_gate(
-    functional.linear(params, f'{name}ffw_transition1', x)
+    functional.linear(params, f'{prefix}ffw_transition1', x)
   )
-  return adaptive_zero_init(params, hidden, single_cond, f'{name}ffw_')
+  return adaptive_zero_init(params, hidden, single_cond, f'{prefix}ffw_')
 
 
 def self_attention(
@@ -221,7 +139,7 @@ def self_attention(
   mask: jax.Array,
   pair_logits: jax.Array | None = None,
   single_cond: jax.Array | None = None,
-  name: str = '',
+  prefix: str = '',
 ) -> jax.Array:
   """Attention of all tokens over all tokens (Alg. 24).
 
@@ -231,19 +149,19 @@ def self_attention(
     mask: [n_token] bool, True = keep as key.
     pair_logits: [n_head, n_token, n_token] float, query first.
     single_cond: [n_token, c_cond] float, or None.
-    name: prefix of the parameters.
+    prefix: of the parameters.
 
   Returns:
     The update, [n_token, c]; without any kept key, that of zero values.
   """
   checks.check_shapes(x=(x, 'n_token c'), mask=(mask, 'n_token'))
   checks.check_dtypes('bool', mask=mask)
-  x = adaptive_layernorm(params, x, single_cond, name)
-  logits = _logits(params, x, x, name)
+  x = adaptive_layernorm(params, x, single_cond, prefix)
+  logits = _logits(params, x, x, prefix)
   if pair_logits is not None:
     logits += pair_logits
   weights = numerics.masked_softmax(logits, mask)
-  return _attention_output(params, weights, x, x, single_cond, name)
+  return _attention_output(params, weights, x, x, single_cond, prefix)
 
 
 def cross_attention(
@@ -255,7 +173,7 @@ def cross_attention(
   pair_logits: jax.Array | None = None,
   single_cond_q: jax.Array | None = None,
   single_cond_k: jax.Array | None = None,
-  name: str = '',
+  prefix: str = '',
   *,
   padded_keys: PaddedKeys = 'official',
 ) -> jax.Array:
@@ -270,7 +188,7 @@ def cross_attention(
     pair_logits: [..., n_head, num_queries, num_keys] float.
     single_cond_q: [..., num_queries, c_cond] float, or None.
     single_cond_k: [..., num_keys, c_cond] float, or None.
-    name: prefix of the parameters.
+    prefix: of the parameters.
     padded_keys: 'official': real queries attend to masked keys too, and masked
       queries to nothing else; 'masked': no query attends to masked keys.
 
@@ -282,9 +200,9 @@ def cross_attention(
     raise ValueError(
       f"padded_keys: expected 'official' or 'masked', got {padded_keys!r}"
     )
-  x_q = adaptive_layernorm(params, x_q, single_cond_q, f'{name}q')
-  x_k = adaptive_layernorm(params, x_k, single_cond_k, f'{name}k')
-  logits = _logits(params, x_q, x_k, name)
+  x_q = adaptive_layernorm(params, x_q, single_cond_q, f'{prefix}q')
+  x_k = adaptive_layernorm(params, x_k, single_cond_k, f'{prefix}k')
+  logits = _logits(params, x_q, x_k, prefix)
   masked_key = ~mask_k[..., None, None, :]
   if padded_keys == 'official':
     both = masked_key & ~mask_q[..., None, :, None]
@@ -294,7 +212,7 @@ def cross_attention(
   if pair_logits is not None:
     logits += pair_logits
   weights = jax.nn.softmax(logits)
-  return _attention_output(params, weights, x_q, x_k, single_cond_q, name)
+  return _attention_output(params, weights, x_q, x_k, single_cond_q, prefix)
 
 
 def cross_att_transformer(
@@ -434,7 +352,6 @@ class Transformer(hk.Module):
 
   Args of the constructor:
     config: sizes.
-    final_init: initialiser of unconditioned output projections; not used here.
     name: name of the module; upstream's is 'transformer'.
   """
 
@@ -467,6 +384,36 @@ class Transformer(hk.Module):
       name=self.name,
       block_remat=self.config.block_remat,
     )
+
+
+def transform_transformer(
+  config: TransformerConfig | None = None, *, name: str = 'transformer'
+) -> hk.Transformed:
+  """Pure functions of the transformer over tokens.
+
+    >>> config = TransformerConfig(num_blocks=4)
+    >>> init, apply = transform_transformer(config)
+    >>> act, single, pair = jnp.ones((3, 32)), jnp.ones((3, 8)), None
+    >>> mask = jnp.ones(3, bool)
+    >>> params = init(jax.random.key(0), act, mask, single, pair)
+    >>> apply(params, act, mask, single, pair).shape
+    (3, 32)
+
+  Args:
+    config: sizes; None takes AF3's diffusion head.
+    name: of the module, in the names of the parameters.
+
+  Returns:
+    `init(key, act, mask, single_cond, pair_cond=None)` and `apply(params, ...)`
+    with the same arguments; shapes as in `transformer`.
+  """
+  config = config or TransformerConfig()
+
+  def forward(act, mask, single_cond, pair_cond=None):
+    module = Transformer(config, name=name)
+    return module(act, mask, single_cond, pair_cond)
+
+  return hk.without_apply_rng(hk.transform(forward))
 
 
 class CrossAttTransformer(hk.Module):
@@ -522,175 +469,18 @@ class CrossAttTransformer(hk.Module):
     )
 
 
-# Tables of parameters.
-
-
-def adaptive_layernorm_parameters(
-  channels: int, cond_channels: int | None, name: str = ''
-) -> pm.Table:
-  """Of `adaptive_layernorm`; `cond_channels` None: without conditioning."""
-  if cond_channels is None:
-    return {f'{name}layer_norm': pm.layer_norm(channels, offset=True)}
-  shape = (cond_channels, channels)
-  return {
-    f'{name}single_cond_layer_norm': pm.layer_norm(cond_channels),
-    f'{name}single_cond_scale': pm.linear(
-      *shape, initializer='zeros', bias=0.0
-    ),
-    f'{name}single_cond_bias': pm.linear(*shape, initializer='zeros'),
-  }
-
-
-def adaptive_zero_init_parameters(
-  num_input: int,
-  channels: int,
-  cond_channels: int | None,
-  name: str = '',
-  *,
-  final_init: FinalInit = 'zeros',
-) -> pm.Table:
-  """Of `adaptive_zero_init`; `final_init` is for the unconditioned one."""
-  out = f'{name}transition2'
-  if cond_channels is None:
-    return {out: pm.linear(num_input, channels, initializer=final_init)}
-  return {
-    out: pm.linear(num_input, channels),
-    f'{name}adaptive_zero_cond': pm.linear(
-      cond_channels, channels, initializer='zeros', bias=-2.0
-    ),
-  }
-
-
-def transition_block_parameters(
-  channels: int,
-  cond_channels: int | None,
-  num_intermediate_factor: int = 2,
-  name: str = '',
-  *,
-  final_init: FinalInit = 'zeros',
-) -> pm.Table:
-  """Of `transition_block`."""
-  hidden = num_intermediate_factor * channels
-  name = f'{name}ffw_'
-  return {
-    **adaptive_layernorm_parameters(channels, cond_channels, name),
-    f'{name}transition1': pm.linear(channels, 2 * hidden, initializer='relu'),
-    **adaptive_zero_init_parameters(
-      hidden, channels, cond_channels, name, final_init=final_init
-    ),
-  }
-
-
-def self_attention_parameters(
-  config: SelfAttentionConfig,
-  channels: int,
-  cond_channels: int | None,
-  name: str = '',
-  *,
-  final_init: FinalInit = 'zeros',
-) -> pm.Table:
-  """Of `self_attention`."""
-  return {
-    **adaptive_layernorm_parameters(channels, cond_channels, name),
-    **_attention_parameters(
-      config.num_head,
-      channels if config.key_dim is None else config.key_dim,
-      channels if config.value_dim is None else config.value_dim,
-      channels,
-      cond_channels,
-      name,
-      final_init,
-    ),
-  }
-
-
-def cross_attention_parameters(
-  config: CrossAttentionConfig,
-  channels: int,
-  cond_channels: int | None,
-  name: str = '',
-  *,
-  final_init: FinalInit = 'zeros',
-) -> pm.Table:
-  """Of `cross_attention`."""
-  return {
-    **adaptive_layernorm_parameters(channels, cond_channels, f'{name}q'),
-    **adaptive_layernorm_parameters(channels, cond_channels, f'{name}k'),
-    **_attention_parameters(
-      config.num_head,
-      config.key_dim,
-      config.value_dim,
-      channels,
-      cond_channels,
-      name,
-      final_init,
-    ),
-  }
-
-
-def cross_att_transformer_parameters(
-  config: CrossAttTransformerConfig,
-  channels: int,
-  cond_channels: int,
-  pair_channels: int,
-  *,
-  name: str = 'transformer',
-) -> pm.Table:
-  """Of `cross_att_transformer`, below the module."""
-  block = {
-    **cross_attention_parameters(config.attention, channels, cond_channels),
-    **transition_block_parameters(
-      channels, cond_channels, config.num_intermediate_factor
-    ),
-  }
-  logits = (config.num_blocks, config.attention.num_head)
-  return {
-    'pair_input_layer_norm': pm.layer_norm(pair_channels),
-    'pair_logits_projection': pm.linear(pair_channels, *logits),
-    **pm.stack(block, config.num_blocks, prefix=f'{STACK}{name}'),
-  }
-
-
-def transformer_parameters(
-  config: TransformerConfig,
-  channels: int,
-  cond_channels: int,
-  pair_channels: int | None,
-  *,
-  name: str = 'transformer',
-) -> pm.Table:
-  """Of `transformer`, below the module; without a pair: two fewer modules."""
-  block = {
-    **self_attention_parameters(config.attention, channels, cond_channels),
-    **transition_block_parameters(
-      channels, cond_channels, config.num_intermediate_factor
-    ),
-  }
-  size = config.super_block_size
-  n_super = config.num_blocks // size
-  table = pm.stack(block, n_super, size, prefix=f'{STACK}{STACK}{name}')
-  if pair_channels is None:
-    return table
-  logits = pm.linear(pair_channels, size, config.attention.num_head)
-  return {
-    'pair_input_layer_norm': pm.layer_norm(pair_channels),
-    **pm.stack({'pair_logits_projection': logits}, n_super, prefix=STACK),
-    **table,
-  }
-
-
 # Parts.
 
 
 def _logits(
-  params: Params, x_q: jax.Array, x_k: jax.Array, name: str
+  params: Params, x_q: jax.Array, x_k: jax.Array, prefix: str
 ) -> jax.Array:
   """[..., n_head, num_queries, num_keys], at least float32."""
   q = numerics.at_least_float32(
-    functional.linear(params, f'{name}q_projection', x_q)
+    functional.linear(params, f'{prefix}q_projection', x_q)
   )
   k = numerics.at_least_float32(
-    functional.linear(params, f'{name}k_projection', x_k)
+    functional.linear(params, f'{prefix}k_projection', x_k)
   )
   return jnp.einsum('...qhc,...khc->...hqk', q * q.shape[-1] ** -0.5, k)
 
@@ -701,41 +491,11 @@ def _attention_output(
   x_q: jax.Array,
   x_k: jax.Array,
   single_cond: jax.Array | None,
-  name: str,
+  prefix: str,
 ) -> jax.Array:
   """Weighted values, gated and projected."""
-  v = functional.linear(params, f'{name}v_projection', x_k)
+  v = functional.linear(params, f'{prefix}v_projection', x_k)
   out = jnp.einsum('...hqk,...khc->...qhc', weights.astype(v.dtype), v)
   out = out.reshape(*out.shape[:-2], -1)
-  out *= jax.nn.sigmoid(functional.linear(params, f'{name}gating_query', x_q))
-  return adaptive_zero_init(params, out, single_cond, name)
-
-
-def _attention_parameters(
-  n_head: int,
-  key_dim: int,
-  value_dim: int,
-  channels: int,
-  cond_channels: int | None,
-  name: str,
-  final_init: FinalInit,
-) -> pm.Table:
-  _check_heads(n_head, key_dim=key_dim, value_dim=value_dim)
-  key, value = (n_head, key_dim // n_head), (n_head, value_dim // n_head)
-  return {
-    f'{name}q_projection': pm.linear(channels, *key, bias=0.0),
-    f'{name}k_projection': pm.linear(channels, *key),
-    f'{name}v_projection': pm.linear(channels, *value),
-    f'{name}gating_query': pm.linear(channels, value_dim, initializer='zeros'),
-    **adaptive_zero_init_parameters(
-      value_dim, channels, cond_channels, name, final_init=final_init
-    ),
-  }
-
-
-def _check_heads(num_head: int, **sizes: int | None) -> None:
-  for name, size in sizes.items():
-    if size is not None and size % num_head:
-      raise ValueError(
-        f'{name}={size} must be divisible by num_head={num_head}'
-      )
+  out *= jax.nn.sigmoid(functional.linear(params, f'{prefix}gating_query', x_q))
+  return adaptive_zero_init(params, out, single_cond, prefix)

@@ -1,14 +1,14 @@
 """The pair logits of AlphaFold 3's atom transformers, window by window.
 
-Abramson et al. (2024) Suppl. Alg. 5, lines 3-6 and 9-14, and the pair side of
-Alg. 24. Part of `atom_cross_attention.precompute`.
+Abramson et al. (2024) Suppl. Alg. 5, lines 2-6, 10, 13 and 14, and the pair
+side of Alg. 24. Part of `cached_atom_attention.precompute`.
 
 The embedding of an atom pair has few channels and there are 128 pairs per
 atom. Everything that can be is projected per atom or pair of tokens first;
 then a few windows at a time go from embedding to the logits of all blocks,
 channels before pairs. The embedding itself is not kept.
 
-Shapes: see `atom_layout`; c_pair channels of atom pairs.
+Shapes: see `window_plan`; c_pair channels of atom pairs.
 """
 
 from collections.abc import Sequence
@@ -21,8 +21,8 @@ import numpy as np
 from structattn_jax.common import numerics
 from structattn_jax.components import functional, mapping, windowed_attention
 from structattn_jax.components.parameters import Params
-from structattn_jax.network.alphafold3 import atom_layout
 from structattn_jax.network.alphafold3 import diffusion_transformer as dt
+from structattn_jax.network.alphafold3 import window_plan
 
 # Token pairs that are normalised and projected at a time.
 _PAIR_CHUNK = 4096
@@ -31,12 +31,12 @@ _PAIR_CHUNK = 4096
 def pair_biases(
   params: Params,
   transformers: Sequence[Params],
-  plan: atom_layout.WindowPlan,
+  plan: window_plan.WindowPlan,
   ref_pos: jax.Array,
   single: jax.Array,
   trunk_pair_cond: jax.Array | None,
   *,
-  name: str,
+  prefix: str,
   uid_rule: Literal['official', 'corrected'] = 'official',
   padded_keys: dt.PaddedKeys = 'official',
   chunk: int | None = None,
@@ -52,10 +52,10 @@ def pair_biases(
     ref_pos: [n_atom, 3] float, angstrom.
     single: [n_atom, c_atom] float, conditioning, zero for padding.
     trunk_pair_cond: [n_token, n_token, c_z] float, or None.
-    name: prefix of the parameters.
+    prefix: of the parameters.
     uid_rule: see `AtomCrossAttConfig`.
     padded_keys: see `AtomCrossAttConfig`.
-    chunk: windows at a time; see `kernels.windowed_attention`.
+    chunk: windows at a time; see `components.windowed_attention`.
     return_pair: whether to return the embedding, too.
 
   Returns:
@@ -64,13 +64,13 @@ def pair_biases(
   """
 
   def weights(leaf: str) -> jax.Array:
-    return params[f'{name}_{leaf}']['weights'].astype(single.dtype)
+    return params[f'{prefix}_{leaf}']['weights'].astype(single.dtype)
 
   def queries(x: jax.Array) -> jax.Array:
-    return atom_layout.query_blocks(plan, jnp.asarray(x))
+    return window_plan.query_blocks(plan, jnp.asarray(x))
 
   def keys(x: jax.Array) -> jax.Array:
-    return atom_layout.atom_windows(plan, jnp.asarray(x))
+    return window_plan.atom_windows(plan, jnp.asarray(x))
 
   relu = jax.nn.relu(single)
   row = relu @ weights('single_to_pair_cond_row_1')
@@ -95,7 +95,7 @@ def pair_biases(
   }
   table, index = None, None
   if trunk_pair_cond is not None:
-    table = _token_pairs(params, plan, trunk_pair_cond, name)
+    table = _token_pairs(params, plan, trunk_pair_cond, prefix)
     table = table.astype(single.dtype)
     first = jnp.asarray(plan.pair_offset)[:, None]
     first += plan.pair_stride[:, None] * queries(plan.token_index)
@@ -144,7 +144,7 @@ def _logits_and_embedding(
     w = jnp.broadcast_to(w, (n, *w.shape))
     return jnp.einsum('wcd,wcp->wdp', w, x, precision=precision)
 
-  # Lines 3-6 and 11-13: conformer geometry where both atoms are of one.
+  # Lines 2-6: conformer geometry where both atoms are of one.
   query_pos = jnp.swapaxes(query_pos, 1, 2)[..., None]
   offset = query_pos - jnp.swapaxes(key_pos, 1, 2)[:, :, None]
   nearness = 1 / (1 + jnp.sum(jnp.square(offset), 1, keepdims=True))
@@ -153,13 +153,15 @@ def _logits_and_embedding(
   geometry = jnp.where(valid, jnp.concatenate(geometry, 1), 0)
   geometry = geometry.reshape(n, -1, n_query * n_key)
   pair = product(weights['geometry'], geometry, 'highest')
-  # Lines 9, 10 and 14.
+  # Line 13.
   by_atom = jnp.swapaxes(row, 1, 2)[..., None]
   by_atom += jnp.swapaxes(column, 1, 2)[:, :, None]
   pair += by_atom.reshape(pair.shape)
+  # Line 10.
   if trunk is not None:
     trunk = jnp.where(key_mask[:, None, :, None], trunk, 0)
     pair += jnp.moveaxis(trunk, -1, 1).reshape(pair.shape)
+  # Line 14.
   mlp = weights['mlp']
   hidden = product(mlp[0], jax.nn.relu(pair))
   hidden = product(mlp[1], jax.nn.relu(hidden))
@@ -191,17 +193,17 @@ def _logits(*arguments: Any) -> tuple[list[jax.Array], None]:
 
 def _token_pairs(
   params: Params,
-  plan: atom_layout.WindowPlan,
+  plan: window_plan.WindowPlan,
   trunk_pair_cond: jax.Array,
-  name: str,
+  prefix: str,
 ) -> jax.Array:
   """The trunk's pair embedding of the token pairs in windows: [n_pair, c].
 
   Only those pairs are normalised and projected; all of them if the windows
   hold more.
   """
-  scale = params[f'{name}_lnorm_trunk_pair_cond']['scale']
-  projection = params[f'{name}_embed_trunk_pair_cond']['weights']
+  scale = params[f'{prefix}_lnorm_trunk_pair_cond']['scale']
+  projection = params[f'{prefix}_embed_trunk_pair_cond']['weights']
   weights = (scale[:, None] * projection).astype(trunk_pair_cond.dtype)
   table = trunk_pair_cond.reshape(-1, trunk_pair_cond.shape[-1])
   if plan.pair_index is None:

@@ -22,9 +22,7 @@ from structattn_jax.common import numerics
 from structattn_jax.components import functional, mapping, windowed_attention
 from structattn_jax.components import parameters as pm
 from structattn_jax.components.parameters import Params
-from structattn_jax.network.alphafold3.diffusion_transformer import (
-  STACK,
-)
+from structattn_jax.network.alphafold3.transformer_parameters import STACK
 
 
 class BlockWeights(NamedTuple):
@@ -157,7 +155,7 @@ def window_block(
     key_start: [n_window] int32, first key of each window.
     mask: [n_atom] bool, True for real atoms. Padding has zero keys and values,
       as upstream's padding when it is seen.
-    chunk: windows at a time; see `kernels.windowed_attention`.
+    chunk: windows at a time; see `components.windowed_attention`.
     remat: whether to keep nothing but `act` for the backward pass.
 
   Returns:

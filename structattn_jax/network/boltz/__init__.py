@@ -2,10 +2,13 @@
 
 from structattn_jax.components.preconditioning import noise_time
 from structattn_jax.network.boltz.atom_attention import (
-  BoltzAtomAttention,
+  BoltzAtomAttentionOutput,
   BoltzAtomContext,
   BoltzAtomEncoderOutput,
-  transform_boltz_atom_attention,
+  CachedAtomAttention,
+  atom_attention_outputs,
+  cached_atom_attention,
+  transform_atom_attention,
 )
 from structattn_jax.network.boltz.conditioning import (
   FourierEmbedding,
@@ -37,15 +40,18 @@ __all__ = [
   'Boltz2AtomAttentionEncoder',
   'Boltz2AtomEncoder',
   'Boltz2DiffusionConditioning',
-  'BoltzAtomAttention',
+  'BoltzAtomAttentionOutput',
   'BoltzAtomContext',
   'BoltzAtomEncoderOutput',
   'BoltzAtomFeatures',
+  'CachedAtomAttention',
   'FourierEmbedding',
   'PairwiseConditioning',
   'RelativePositionConfig',
   'RelativePositionEncoder',
   'SingleConditioning',
+  'atom_attention_outputs',
+  'cached_atom_attention',
   'noise_time',
-  'transform_boltz_atom_attention',
+  'transform_atom_attention',
 ]

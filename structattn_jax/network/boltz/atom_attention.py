@@ -3,23 +3,30 @@
 Abramson et al. (2024) Suppl. Algs. 5 (encoder) and 6 (decoder) as in Boltz:
 mirrors boltz `model/modules/encoders.py` (version 1), `encodersv2.py`,
 `diffusion_conditioning.py` and `InputEmbedder` of `trunkv2.py` (version 2)
-@ 832486d.
+@ 832486d. The lines of Alg. 5, and the functions that compute them:
+
+     1  c = embedded features            7  q = c       `atom_conditioning`
+   2-6  p from reference positions      13  p += c_i, c_j       `pair_bias`
+  8-10  trunk: c += single (9), p += pair (10)
+    11  q += noisy positions            14  p += MLP(p)         `pair_bias`
+    15  q = AtomTransformer(q, c, p)    16  pool to tokens         `encode`
+    17  skips: q, c, p
 
 Both are used twice: to embed the input (`structure_prediction=False`) and, with
 the trunk and noisy positions, in the diffusion module. There, everything but
-the positions is the same for all samples and steps: `precompute` does that
-once, `encode` and `decode` the rest,
+the positions is the same for all samples and steps. `transform_atom_attention`
+computes it all in one call; `cached_atom_attention` what is shared only once,
 
+  init, precompute, encode, decode = cached_atom_attention(config)
   context = precompute(params, features, single, pair)
   encoded = encode(params, context, positions)
   update  = decode(params, context, token_act, encoded.atoms)
 
 and samples are `jax.vmap(encode, (None, None, 0))`; on CPU `jax.lax.map` over
-samples is a fifth faster and needs the memory of one. Inside of Haiku,
-`parameters.haiku_parameters` makes the parameters from the table of
-`boltz_parameters`; `boltz_modules` has upstream's modules one by one.
+samples is a fifth faster and needs the memory of one. Inside of Haiku, call
+`atom_attention_outputs`, or upstream's modules one by one (`modules`).
 
-Parameters have upstream's names (`boltz_transformers` says how) below the
+Parameters have upstream's names (`transformers` says how) below the
 modules of a checkpoint without their prefix:
 
   Boltz-1: `atom_attention_encoder/...`, `atom_attention_decoder/...`
@@ -40,10 +47,11 @@ sigma_data^2), and so their update.
 Differs from the paper as the released code does: windows are filled with
 zeros at the ends; differences of positions are key minus query.
 Differs from the released code: indices instead of one-hot vectors; ids never
-pass through floats; see `boltz_transformers` for windows without atoms.
+pass through floats; see `transformers` for windows without atoms.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -53,12 +61,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from structattn_jax.common import numerics
-from structattn_jax.components import functional
+from structattn_jax.components import functional, segment
 from structattn_jax.components import haiku_modules as hm
 from structattn_jax.components import parameters as pm
 from structattn_jax.components.parameters import Params
 from structattn_jax.network.boltz import features as bf
-from structattn_jax.network.boltz import pair_bias as kernel
+from structattn_jax.network.boltz import pair_bias
 from structattn_jax.network.boltz import parameters as bp
 from structattn_jax.network.boltz import transformers as bt
 from structattn_jax.network.boltz.features import (
@@ -122,31 +130,72 @@ class BoltzAtomEncoderOutput:
   atoms: jax.Array
 
 
-class BoltzAtomAttention(NamedTuple):
-  """Pure functions of encoder and decoder.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BoltzAtomAttentionOutput:
+  """Result of encoder and decoder.
 
   Attributes:
-    init: `init(key)` makes all parameters.
-    precompute: `precompute(params, features, single=None, pair=None)`.
-    encode: `encode(params, context, positions=None)`.
-    decode: `decode(params, context, token_act, atoms)`.
+    tokens: as in `BoltzAtomEncoderOutput`.
+    atoms: likewise.
+    update: [n_atom, 3] at least float32, of the positions, scaled as they are;
+      that of padding atoms means nothing. None unless something was decoded.
   """
 
-  init: Callable[..., hk.Params]
-  precompute: Callable[..., BoltzAtomContext]
-  encode: Callable[..., BoltzAtomEncoderOutput]
-  decode: Callable[..., jax.Array]
+  tokens: jax.Array
+  atoms: jax.Array
+  update: jax.Array | None
 
 
-def transform_boltz_atom_attention(
-  config: Config | None = None,
-) -> BoltzAtomAttention:
-  """Pure functions of Boltz's atom encoder and decoder.
+def atom_attention_outputs(
+  config: Config,
+  features: BoltzAtomFeatures,
+  single: jax.Array | None = None,
+  pair: jax.Array | None = None,
+  positions: jax.Array | None = None,
+  token_act: jax.Array | None = None,
+) -> BoltzAtomAttentionOutput:
+  """Encoder and, given what to decode, decoder, as a Haiku function.
+
+  Args:
+    config: of either version.
+    features: of one complex.
+    single: [n_token, token_s] float, of the trunk; this and the next two are
+      given with structure prediction and only then.
+    pair: [n_token, n_token, token_z] float, conditioned: the result of
+      `PairwiseConditioning`.
+    positions: [n_atom, 3] float, scaled by 1 / sqrt(sigma^2 + sigma_data^2).
+    token_act: [n_token, 2 token_s] float, the result of the token transformer,
+      to be decoded; None: nothing is.
+
+  Returns:
+    Tokens, atoms and the update of the positions.
+
+  Raises:
+    ValueError: on a wrong shape, something missing, or a number of atoms that
+      is not a multiple of n_query.
+    TypeError: on a wrong dtype.
+  """
+  cached = cached_atom_attention(config)
+  params = pm.haiku_parameters(
+    bp.atom_attention_parameters(config),
+    hm.parameter_dtype(jnp.asarray(features.ref_pos)),
+  )
+  context = cached.precompute(params, features, single, pair)
+  encoded = cached.encode(params, context, positions)
+  update = None
+  if token_act is not None:
+    update = cached.decode(params, context, token_act, encoded.atoms)
+  return BoltzAtomAttentionOutput(encoded.tokens, encoded.atoms, update)
+
+
+def transform_atom_attention(config: Config | None = None) -> hk.Transformed:
+  """Pure functions of Boltz's atom encoder and decoder, all in one call.
 
     >>> config = Boltz1AtomAttentionConfig(
     ...   atom_s=8, atom_encoder_heads=2, structure_prediction=False
     ... )
-    >>> init, precompute, encode, _ = transform_boltz_atom_attention(config)
+    >>> init, apply = transform_atom_attention(config)
     >>> one = jnp.zeros(64, int)
     >>> features = BoltzAtomFeatures(
     ...   ref_pos=jnp.ones((64, 3)),
@@ -158,29 +207,50 @@ def transform_boltz_atom_attention(
     ...   atom_to_token=jnp.arange(64) // 8,
     ...   num_tokens=8,
     ... )
-    >>> params = init(jax.random.key(0))
-    >>> context = precompute(params, features)
-    >>> encode(params, context).tokens.shape
+    >>> params = jax.jit(init)(jax.random.key(0), features)
+    >>> jax.jit(apply)(params, features).tokens.shape
     (8, 384)
-
-  With structure prediction `precompute` takes
-
-    single: [n_token, token_s] float, of the trunk,
-    pair: [n_token, n_token, token_z] float, conditioned: the result of
-      `PairwiseConditioning`,
-
-  `encode` takes positions, [n_atom, 3] float32 scaled by 1 / sqrt(sigma^2 +
-  sigma_data^2), and `decode` takes token_act, [n_token, 2 token_s] float, the
-  result of the token transformer, and the encoder's `atoms`. It returns
-  [n_atom, 3], the update of the positions in the same scale; that of padding
-  atoms means nothing.
 
   Args:
     config: of either version; None takes Boltz-1's structure module.
 
   Returns:
-    The functions. They raise ValueError on a wrong shape or a number of atoms
-    that is not a multiple of n_query, TypeError on a wrong dtype.
+    `init(key, ...)` and `apply(params, ...)` with the arguments of
+    `atom_attention_outputs` after the configuration.
+  """
+  config = config or Boltz1AtomAttentionConfig()
+  forward = functools.partial(atom_attention_outputs, config)
+  return hk.without_apply_rng(hk.transform(forward))
+
+
+class CachedAtomAttention(NamedTuple):
+  """Pure functions of encoder and decoder, in parts.
+
+  Arguments are those of `atom_attention_outputs`.
+
+  Attributes:
+    init: `init(key)` makes all parameters.
+    precompute: `precompute(params, features, single=None, pair=None)`.
+    encode: `encode(params, context, positions=None)`.
+    decode: `decode(params, context, token_act, atoms)`, atoms those of the
+      encoder; returns the update of the positions.
+  """
+
+  init: Callable[..., hk.Params]
+  precompute: Callable[..., BoltzAtomContext]
+  encode: Callable[..., BoltzAtomEncoderOutput]
+  decode: Callable[..., jax.Array]
+
+
+def cached_atom_attention(config: Config | None = None) -> CachedAtomAttention:
+  """The same in parts: what samples and steps share is computed once.
+
+  Args:
+    config: of either version; None takes Boltz-1's structure module.
+
+  Returns:
+    The functions, with the parameters of `transform_atom_attention`. They raise
+    as `atom_attention_outputs`.
   """
   config = config or Boltz1AtomAttentionConfig()
 
@@ -214,7 +284,7 @@ def transform_boltz_atom_attention(
     own = pm.below(params, 'atom_attention_decoder/')
     return decode(own, context, token_act, atoms)
 
-  return BoltzAtomAttention(init, precompute, encode_, decode_)
+  return CachedAtomAttention(init, precompute, encode_, decode_)
 
 
 # The algorithm.
@@ -257,7 +327,7 @@ def atom_conditioning(
   features: BoltzAtomFeatures,
   single: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-  """Steps 1 and 4 of the encoder: q and c, [n_atom, atom_s].
+  """Alg. 5, lines 1, 7 and 9: q and c, [n_atom, atom_s].
 
   Args:
     params: those of `atom_encoder_parameters`.
@@ -325,7 +395,7 @@ def _biases(
   c: jax.Array,
   pair: jax.Array | None,
 ) -> tuple[jax.Array, ...]:
-  """Steps 2 to 6 of the encoder and the biases of all layers."""
+  """Alg. 5, lines 2-6, 10, 13 and 14, and the biases of all layers."""
   weights = _pair_weights(embedding)
   projections = [
     (params[f'{name}_0'], params[f'{name}_1']['weights'])
@@ -339,10 +409,10 @@ def _biases(
   heads = [h for _, depth, h in bp.stacks(config) for _ in range(depth)]
   chosen = config.implementation
   if chosen is None:
-    chosen = 'blocked' if jax.default_backend() == 'cpu' else 'dense'
+    chosen = 'blocked' if jax.default_backend() == 'cpu' else 'published'
   compute = {
-    'blocked': kernel.blocked_biases,
-    'dense': jax.checkpoint(kernel.dense_biases, static_argnums=0),
+    'blocked': pair_bias.blocked_biases,
+    'published': jax.checkpoint(pair_bias.published_biases, static_argnums=0),
   }[chosen]
   return compute(
     _sizes(config, tuple(heads)),
@@ -352,8 +422,8 @@ def _biases(
   )
 
 
-def _sizes(config: Config, heads: tuple[int, ...] = ()) -> kernel.Sizes:
-  return kernel.Sizes(
+def _sizes(config: Config, heads: tuple[int, ...] = ()) -> pair_bias.Sizes:
+  return pair_bias.Sizes(
     config.atoms_per_window_queries,
     config.atoms_per_window_keys,
     heads,
@@ -361,7 +431,7 @@ def _sizes(config: Config, heads: tuple[int, ...] = ()) -> kernel.Sizes:
   )
 
 
-def _pair_weights(params: Params) -> kernel.Weights:
+def _pair_weights(params: Params) -> pair_bias.Weights:
   """All but the projections to biases."""
   geometry = [
     params[f'embed_atompair_{x}']['weights']
@@ -369,14 +439,14 @@ def _pair_weights(params: Params) -> kernel.Weights:
   ]
   mlp = tuple(params[f'p_mlp_{i}']['weights'] for i in (1, 3, 5))
   nothing = jnp.zeros((len(mlp[0]), 0), mlp[0].dtype)
-  return kernel.Weights(jnp.concatenate(geometry), mlp, nothing, nothing[0])
+  return pair_bias.Weights(jnp.concatenate(geometry), mlp, nothing, nothing[0])
 
 
 def _pair_atoms(
   params: Params, features: BoltzAtomFeatures, c: jax.Array
-) -> kernel.Atoms:
+) -> pair_bias.Atoms:
   hidden = numerics.at_least_float32(jax.nn.relu(c))
-  return kernel.Atoms(
+  return pair_bias.Atoms(
     functional.linear(params, 'c_to_p_trans_q_1', hidden),
     functional.linear(params, 'c_to_p_trans_k_1', hidden),
     numerics.at_least_float32(features.ref_pos),
@@ -387,11 +457,11 @@ def _pair_atoms(
 
 def _pair_tokens(
   params: Params, features: BoltzAtomFeatures, pair: jax.Array | None
-) -> kernel.Tokens | None:
+) -> pair_bias.Tokens | None:
   if pair is None:
     return None
   norm, weights = params['z_to_p_trans_0'], params['z_to_p_trans_1']['weights']
-  return kernel.Tokens(
+  return pair_bias.Tokens(
     numerics.at_least_float32(pair),
     norm['scale'][:, None] * weights,
     norm['offset'] @ weights,
@@ -406,8 +476,8 @@ def atom_pair(
   c: jax.Array,
   pair: jax.Array | None,
 ) -> jax.Array:
-  """Steps 2 to 6 of the encoder: p, [n_window, n_query, n_key, atom_z]."""
-  return kernel.pair_act(
+  """Alg. 5, lines 2-6, 10, 13, 14: p, [n_window, n_query, n_key, atom_z]."""
+  return pair_bias.pair_act(
     _sizes(config),
     _pair_weights(params),
     _pair_atoms(params, features, c),
@@ -418,7 +488,7 @@ def atom_pair(
 def encode(
   params: Params, context: BoltzAtomContext, positions: jax.Array | None
 ) -> BoltzAtomEncoderOutput:
-  """Steps 7 to 10 of the encoder, Alg. 5 from line 11 on.
+  """Alg. 5, lines 11 (noisy positions) and 15 to 17.
 
   Args:
     params: those of `attention_encoder_parameters`.
@@ -493,25 +563,24 @@ def _to_tokens(
   params: Params, q: jax.Array, context: BoltzAtomContext
 ) -> jax.Array:
   """Sum of relu(Linear(q)) over a token's atoms, over their number + 1e-6."""
-  n_token = context.num_tokens
-  index = context.atom_to_token
-  index = jnp.where(index < 0, n_token, index)
+  dtype = hm.parameter_dtype(q)
+  kept = context.atom_to_token >= 0
+  index = jnp.where(kept, context.atom_to_token, 0)
 
-  def total(x: jax.Array, index: jax.Array) -> jax.Array:
-    return jax.ops.segment_sum(x, index, n_token + 1)[:n_token]
+  def total(x: jax.Array, index: jax.Array, kept: jax.Array) -> jax.Array:
+    return segment.segment_sum(x, index, context.num_tokens, mask=kept)
 
   def add(so_far: jax.Array, rows: Any) -> tuple[jax.Array, None]:
-    q, index = rows
+    q, *where = rows
     act = jax.nn.relu(functional.linear(params, 'atom_to_token_trans_0', q))
-    return so_far + total(numerics.at_least_float32(act), index), None
+    return so_far + total(numerics.at_least_float32(act), *where), None
 
   rows = bt.rows_per_chunk(context.encoder.biases[0])
   width = params['atom_to_token_trans_0']['weights'].shape[1]
-  dtype = hm.parameter_dtype(q)
   sums, _ = jax.lax.scan(
     jax.checkpoint(add) if len(q) > rows else add,
-    jnp.zeros((n_token, width), dtype),
-    (q.reshape(-1, rows, q.shape[1]), index.reshape(-1, rows)),
+    jnp.zeros((context.num_tokens, width), dtype),
+    jax.tree.map(lambda x: x.reshape(-1, rows, *x.shape[1:]), (q, index, kept)),
   )
-  count = total(jnp.ones(len(q), dtype), index)
+  count = total(jnp.ones(len(q), dtype), index, kept)
   return (sums / (count + _POOL_EPSILON)[:, None]).astype(q.dtype)

@@ -3,7 +3,7 @@
 Abramson et al. (2024) Suppl. Algs. 3 (relative positions), 21 (conditioning)
 and 22 (Fourier embedding). Mirrors boltz `model/modules/encoders.py`,
 `encodersv2.py`, `diffusion_conditioning.py` and `model/layers/transition.py`
-@ 832486d. Parameter names as in `boltz_transformers`.
+@ 832486d. Parameter names as in `network.boltz.transformers`.
 
 Shapes: n_token tokens; c_s trunk single and c_z pair channels; the conditioned
 single has 2 c_s.
@@ -102,7 +102,7 @@ def single_conditioning_parameters(
     'single_embed': bt.linear_parameters(num_input, channels, use_bias=True),
   }
   if dim_fourier is not None:
-    table |= bt.below('fourier_embed', fourier_parameters(dim_fourier))
+    table |= pm.nest(fourier_parameters(dim_fourier), 'fourier_embed/')
     table['norm_fourier'] = bt.layer_norm_parameters(dim_fourier)
     table['fourier_to_single'] = bt.linear_parameters(dim_fourier, channels)
   return table | _transitions(channels, num_transitions, expansion_factor)
@@ -130,11 +130,7 @@ def relative_position_parameters(config: RelativePositionConfig) -> pm.Table:
 
 def _transitions(channels: int, number: int, expansion_factor: int) -> pm.Table:
   table = transition_parameters(channels, expansion_factor)
-  return {
-    name: parameter
-    for i in range(number)
-    for name, parameter in bt.below(f'transitions_{i}', table).items()
-  }
+  return pm.numbered(table, 'transitions', number)
 
 
 # Functions of parameters.

@@ -17,7 +17,7 @@ import numpy as np
 
 from structattn_jax.common import base_config, checks
 
-Implementation = Literal['dense', 'blocked']
+Implementation = Literal['published', 'blocked']
 
 NUM_ELEMENTS, NUM_NAME_CHARS, NUM_BACKBONE = 128, 64, 17
 NUM_RES_TYPES, NUM_MOL_TYPES = 33, 4
@@ -42,9 +42,9 @@ class Boltz1AtomAttentionConfig(base_config.BaseConfig):
       logits, norms and coordinates stay float32.
     structure_prediction: whether the trunk and noisy positions come in and
       there may be a decoder; False is the input embedder.
-    implementation: how pair biases are computed: 'dense' holds the pair of all
-      windows, 'blocked' that of one and recomputes it in the backward pass
-      (reverse mode only). None: 'blocked' on CPU, else 'dense'. The choice
+    implementation: how pair biases are computed: 'published' holds the pair of
+      all windows, 'blocked' that of one and recomputes it in the backward pass
+      (reverse mode only). None: 'blocked' on CPU, else 'published'. The choice
       changes rounding only.
   """
 

@@ -1,12 +1,12 @@
-"""Boltz's transformers and atom attention as Haiku modules, as published.
+"""Boltz's atom attention as upstream's Haiku modules, one by one.
 
-Mirrors boltz `model/modules/be.py`, `encodersv2.py` and
-`diffusion_conditioning.py` @ 832486d, module by module: each holds the
-parameters that it has upstream and hands on what it hands on there, such as the
-atom pair. `transform_boltz_atom_attention` computes the same from the same
-parameters without ever holding that pair.
+Mirrors boltz `model/modules/encoders.py`, `encodersv2.py` and
+`diffusion_conditioning.py` @ 832486d: each module holds the parameters that it
+has upstream and hands on what it hands on there, such as the atom pair.
+`transform_atom_attention` computes the same from the same parameters without
+ever holding that pair.
 
-Shapes and units as in `boltz_encoders`.
+Shapes and units as in `atom_attention`.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ from structattn_jax.network.boltz.features import BoltzAtomFeatures
 
 
 class AtomEmbedding(NamedTuple):
-  """Result of steps 1 to 6 of the encoder.
+  """What Alg. 5 has before the noisy positions: lines 1 to 10, 13 and 14.
 
   Attributes:
     queries: [n_atom, atom_s], q without positions.
@@ -42,21 +42,20 @@ class AtomEmbedding(NamedTuple):
   pair: jax.Array
 
 
-class Boltz1AtomAttentionEncoder(hk.Module):
-  """Boltz-1's `AtomAttentionEncoder`, Alg. 5, all at once.
+class _AtomModule(hk.Module):
+  """A module with a configuration, called as upstream calls it."""
 
-  Hands on the atom pair as upstream does; `transform_boltz_atom_attention` is
-  the lean form of the same with the same parameters.
-  """
+  upstream_name = ''
 
-  def __init__(
-    self,
-    config: bf.Boltz1AtomAttentionConfig,
-    *,
-    name: str = 'atom_attention_encoder',
-  ):
-    super().__init__(name=name)
+  def __init__(self, config: bf.Config, *, name: str | None = None):
+    super().__init__(name=name or self.upstream_name)
     self.config = config
+
+
+class Boltz1AtomAttentionEncoder(_AtomModule):
+  """Boltz-1's `AtomAttentionEncoder`, Alg. 5, all at once."""
+
+  upstream_name = 'atom_attention_encoder'
 
   def __call__(
     self,
@@ -78,34 +77,23 @@ class Boltz1AtomAttentionEncoder(hk.Module):
       ValueError: on a wrong shape.
       TypeError: on a wrong dtype.
     """
-    config = self.config
-    bf.check_inputs(config, features, single, pair)
-    features = bf.without_padding(features)
-    dtype = hm.parameter_dtype(jnp.asarray(features.ref_pos))
-    params = pm.haiku_parameters(bp.attention_encoder_parameters(config), dtype)
-    queries, c = be.atom_conditioning(params, config, features, single)
-    bf.check_positions(config, positions, queries)
-    embedding = AtomEmbedding(
-      queries, c, be.atom_pair(params, config, features, c, pair)
+    bf.check_inputs(self.config, features, single, pair)
+    params = pm.haiku_parameters(
+      bp.attention_encoder_parameters(self.config),
+      hm.parameter_dtype(jnp.asarray(features.ref_pos)),
     )
+    embedding = _embed(params, self.config, features, single, pair)
+    bf.check_positions(self.config, positions, embedding.queries)
     stack = pm.below(params, 'atom_encoder/diffusion_transformer/')
-    context = _context(
-      features, embedding, stack, _projected(stack, embedding.pair)
-    )
+    biases = _projected(stack, embedding.pair)
+    context = _context(features, embedding, stack, biases)
     return be.encode(params, context, positions), embedding
 
 
-class Boltz1AtomAttentionDecoder(hk.Module):
+class Boltz1AtomAttentionDecoder(_AtomModule):
   """Boltz-1's `AtomAttentionDecoder`, Alg. 6."""
 
-  def __init__(
-    self,
-    config: bf.Boltz1AtomAttentionConfig,
-    *,
-    name: str = 'atom_attention_decoder',
-  ):
-    super().__init__(name=name)
-    self.config = config
+  upstream_name = 'atom_attention_decoder'
 
   def __call__(
     self,
@@ -132,20 +120,15 @@ class Boltz1AtomAttentionDecoder(hk.Module):
       hm.parameter_dtype(atoms),
     )
     stack = pm.below(params, 'atom_decoder/diffusion_transformer/')
-    context = _context(
-      features, embedding, stack, _projected(stack, embedding.pair)
-    )
+    biases = _projected(stack, embedding.pair)
+    context = _context(features, embedding, stack, biases)
     return be.decode(params, context, token_act, atoms)
 
 
-class Boltz2AtomEncoder(hk.Module):
-  """Boltz-2's `AtomEncoder`: lines 1 to 14 of Alg. 5."""
+class Boltz2AtomEncoder(_AtomModule):
+  """Boltz-2's `AtomEncoder`: lines 1 to 10, 13 and 14 of Alg. 5."""
 
-  def __init__(
-    self, config: bf.Boltz2AtomAttentionConfig, *, name: str = 'atom_encoder'
-  ):
-    super().__init__(name=name)
-    self.config = config
+  upstream_name = 'atom_encoder'
 
   def __call__(
     self,
@@ -155,26 +138,15 @@ class Boltz2AtomEncoder(hk.Module):
   ) -> AtomEmbedding:
     """Returns q, c and p; arguments as `Boltz1AtomAttentionEncoder`."""
     bf.check_inputs(self.config, features, single, pair)
-    features = bf.without_padding(features)
     dtype = hm.parameter_dtype(jnp.asarray(features.ref_pos))
     params = pm.haiku_parameters(bp.atom_encoder_parameters(self.config), dtype)
-    queries, c = be.atom_conditioning(params, self.config, features, single)
-    return AtomEmbedding(
-      queries, c, be.atom_pair(params, self.config, features, c, pair)
-    )
+    return _embed(params, self.config, features, single, pair)
 
 
-class Boltz2AtomAttentionEncoder(hk.Module):
-  """Boltz-2's `AtomAttentionEncoder`: Alg. 5 from line 15 on."""
+class Boltz2AtomAttentionEncoder(_AtomModule):
+  """Boltz-2's `AtomAttentionEncoder`: lines 11 and 15 to 17 of Alg. 5."""
 
-  def __init__(
-    self,
-    config: bf.Boltz2AtomAttentionConfig,
-    *,
-    name: str = 'atom_attention_encoder',
-  ):
-    super().__init__(name=name)
-    self.config = config
+  upstream_name = 'atom_attention_encoder'
 
   def __call__(
     self,
@@ -207,17 +179,10 @@ class Boltz2AtomAttentionEncoder(hk.Module):
     )
 
 
-class Boltz2AtomAttentionDecoder(hk.Module):
+class Boltz2AtomAttentionDecoder(_AtomModule):
   """Boltz-2's `AtomAttentionDecoder`, Alg. 6."""
 
-  def __init__(
-    self,
-    config: bf.Boltz2AtomAttentionConfig,
-    *,
-    name: str = 'atom_attention_decoder',
-  ):
-    super().__init__(name=name)
-    self.config = config
+  upstream_name = 'atom_attention_decoder'
 
   def __call__(
     self,
@@ -269,17 +234,11 @@ class Boltz2Conditioning(NamedTuple):
   token_bias: jax.Array
 
 
-class Boltz2DiffusionConditioning(hk.Module):
+class Boltz2DiffusionConditioning(_AtomModule):
   """Boltz-2's `DiffusionConditioning`: what the diffusion module shares."""
 
-  def __init__(
-    self,
-    config: bf.Boltz2AtomAttentionConfig,
-    *,
-    name: str = 'diffusion_conditioning',
-  ):
-    super().__init__(name=name)
-    self.config = config
+  upstream_name = 'diffusion_conditioning'
+  config: bf.Boltz2AtomAttentionConfig
 
   def __call__(
     self,
@@ -302,7 +261,6 @@ class Boltz2DiffusionConditioning(hk.Module):
     """
     config = self.config
     bf.check_inputs(config, features, single, pair)
-    features = bf.without_padding(features)
     checks.check_shapes(
       pair=(pair, 'n_token n_token token_z'),
       relative_position=(relative_position, 'n_token n_token token_z'),
@@ -315,8 +273,7 @@ class Boltz2DiffusionConditioning(hk.Module):
       pm.below(params, 'pairwise_conditioner/'), pair, relative_position
     )
     own = pm.below(params, 'atom_encoder/')
-    queries, c = be.atom_conditioning(own, config, features, single)
-    p = be.atom_pair(own, config, features, c, z)
+    embedding = _embed(own, config, features, single, z)
 
     def biases(name: str, depth: int, x: jax.Array) -> jax.Array:
       layers = [bt.pair_bias(params, f'{name}_{i}', x) for i in range(depth)]
@@ -324,11 +281,24 @@ class Boltz2DiffusionConditioning(hk.Module):
 
     return Boltz2Conditioning(
       z,
-      AtomEmbedding(queries, c, p),
-      biases('atom_enc_proj_z', config.atom_encoder_depth, p),
-      biases('atom_dec_proj_z', config.atom_decoder_depth, p),
+      embedding,
+      biases('atom_enc_proj_z', config.atom_encoder_depth, embedding.pair),
+      biases('atom_dec_proj_z', config.atom_decoder_depth, embedding.pair),
       biases('token_trans_proj_z', config.token_transformer_depth, z),
     )
+
+
+def _embed(
+  params: Params,
+  config: bf.Config,
+  features: BoltzAtomFeatures,
+  single: jax.Array | None,
+  pair: jax.Array | None,
+) -> AtomEmbedding:
+  features = bf.without_padding(features)
+  queries, c = be.atom_conditioning(params, config, features, single)
+  p = be.atom_pair(params, config, features, c, pair)
+  return AtomEmbedding(queries, c, p)
 
 
 def _context(
@@ -365,209 +335,3 @@ def _projected(stack: Params, pair: jax.Array) -> list[jax.Array]:
 def _given(bias: jax.Array, depth: int) -> list[jax.Array]:
   """Boltz-2's biases of each layer, heads first."""
   return [jnp.moveaxis(x, -1, 1) for x in jnp.split(bias, depth, -1)]
-
-
-# Transformers.
-
-
-class AdaLN(hk.Module):
-  """Adaptive layer norm, Alg. 26; see `ada_ln`."""
-
-  def __call__(self, a: jax.Array, s: jax.Array) -> jax.Array:
-    """Maps [..., c] and [..., c_cond] to [..., c]."""
-    table = bt.ada_ln_parameters(a.shape[-1], s.shape[-1])
-    return bt.ada_ln(pm.haiku_parameters(table, hm.parameter_dtype(a)), a, s)
-
-
-class ConditionedTransitionBlock(hk.Module):
-  """Conditioned transition, Alg. 25, with Boltz's third factor.
-
-    x  = AdaLN(a, s),  [x1 | x2] = Linear(x)
-    da = sigmoid(Linear(s)) Linear(silu(x2) x1 Linear(x))
-
-  Args of the constructor:
-    expansion_factor: hidden channels per channel.
-    name: module name.
-  """
-
-  def __init__(self, *, expansion_factor: int = 2, name: str = 'transition'):
-    super().__init__(name=name)
-    self.expansion_factor = expansion_factor
-
-  def __call__(self, a: jax.Array, s: jax.Array) -> jax.Array:
-    """Returns the update [..., c] of [..., c] given [..., c_cond]."""
-    table = bt.transition_parameters(
-      a.shape[-1], s.shape[-1], self.expansion_factor
-    )
-    params = pm.haiku_parameters(table, hm.parameter_dtype(a))
-    return bt.conditioned_transition(params, a, s)
-
-
-class AttentionPairBias(hk.Module):
-  """Gated attention with pair bias over windows, Alg. 24; the inner one.
-
-    l_ij = q_i . k_j / sqrt(d_head) + bias_ij,  out = W_o (sigmoid(g) A v)
-
-  Only the queries have a bias. The layer norms around it belong to the layer.
-
-  Args of the constructor:
-    num_head: number of heads.
-    name: module name.
-  """
-
-  def __init__(self, num_head: int, *, name: str = 'pair_bias_attn'):
-    super().__init__(name=name)
-    self.num_head = num_head
-
-  def __call__(
-    self,
-    x: jax.Array,
-    pair: jax.Array,
-    mask: jax.Array,
-    *,
-    project_pair: bool = True,
-  ) -> jax.Array:
-    """Returns [n_atom, c].
-
-    Args:
-      x: [n_atom, c] float.
-      pair: [n_window, n_query, n_key, c_pair] float, projected to the bias
-        with `proj_z` as in Boltz-1; without `project_pair` the bias itself,
-        [n_window, n_query, n_key, n_head], as in Boltz-2.
-      mask: [n_atom] bool, True = keep, of the keys.
-      project_pair: whether there is `proj_z`.
-    """
-    _check(mask, pair, x=x)
-    pair_channels = pair.shape[-1] if project_pair else None
-    table = bt.attention_parameters(x.shape[-1], self.num_head, pair_channels)
-    params = pm.haiku_parameters(table, hm.parameter_dtype(x))
-    bias = bt.pair_bias(params, 'proj_z', pair) if project_pair else pair
-    return bt.attention_pair_bias(params, x, _heads_first(bias, mask), mask)
-
-
-class _Transformer(hk.Module):
-  """What both transformers take."""
-
-  def __init__(
-    self,
-    depth: int,
-    num_head: int,
-    *,
-    project_pair: bool = True,
-    post_layer_norm: bool = False,
-    name: str | None = None,
-  ):
-    super().__init__(name=name)
-    self.depth = depth
-    self.num_head = num_head
-    self.project_pair = project_pair
-    self.post_layer_norm = post_layer_norm
-
-
-class DiffusionTransformer(_Transformer):
-  """Layers of attention with pair bias and conditioned transition, Alg. 23.
-
-  Each layer of Boltz-1 projects the pair to its bias; in Boltz-2 the biases of
-  all layers are given, layer after layer on the last axis.
-
-  Args of the constructor:
-    depth: number of layers.
-    num_head: number of heads.
-    project_pair: True for Boltz-1.
-    post_layer_norm: whether each layer ends with a layer norm (Boltz-2).
-    name: module name.
-  """
-
-  def __call__(
-    self, a: jax.Array, s: jax.Array, pair: jax.Array, mask: jax.Array
-  ) -> jax.Array:
-    """Returns new activations.
-
-    Args:
-      a: [n_atom, c] float.
-      s: [n_atom, c_cond] float.
-      pair: [n_atom, n_atom, c_pair] float for attention among all rows, or
-        [n_window, n_query, n_key, c_pair] over windows; c_pair is depth *
-        num_head if biases are given.
-      mask: [n_atom] bool, True = keep.
-
-    Returns:
-      [n_atom, c] in the dtype of `a`.
-
-    Raises:
-      ValueError: on a wrong shape.
-      TypeError: on a wrong dtype.
-    """
-    if pair.ndim == 3:
-      pair = pair[None]
-    _check(mask, pair, a=a, s=s)
-    table = bt.diffusion_transformer_parameters(
-      self.depth,
-      self.num_head,
-      a.shape[-1],
-      s.shape[-1],
-      pair.shape[-1] if self.project_pair else None,
-      post_layer_norm=self.post_layer_norm,
-    )
-    params = pm.haiku_parameters(table, hm.parameter_dtype(a))
-    if self.project_pair:
-      biases = [
-        bt.pair_bias(own, 'pair_bias_attn/proj_z', pair)
-        for own in bt.layers(params)
-      ]
-    else:
-      checks.check_shapes(
-        {'n_bias': self.depth * self.num_head},
-        pair=(pair, 'n_window n_query n_key n_bias'),
-      )
-      biases = jnp.split(pair, self.depth, -1)
-    return bt.diffusion_transformer(
-      params, a, s, [_heads_first(x, mask) for x in biases], mask
-    )
-
-
-class AtomTransformer(_Transformer):
-  """The diffusion transformer over windows of atoms, Alg. 7.
-
-  Args of the constructor: as `DiffusionTransformer`.
-  """
-
-  def __call__(
-    self, q: jax.Array, c: jax.Array, p: jax.Array, mask: jax.Array
-  ) -> jax.Array:
-    """Returns new activations, [n_atom, c].
-
-    Args:
-      q: [n_atom, c] float.
-      c: [n_atom, c_cond] float.
-      p: [n_window, n_query, n_key, c_pair] float.
-      mask: [n_atom] bool, True = keep.
-    """
-    transformer = DiffusionTransformer(
-      self.depth,
-      self.num_head,
-      project_pair=self.project_pair,
-      post_layer_norm=self.post_layer_norm,
-    )
-    return transformer(q, c, p, mask)
-
-
-def _heads_first(bias: jax.Array, mask: jax.Array) -> jax.Array:
-  """[n_window, n_query, n_key, n_head], masked and with the heads second."""
-  return bt.masked_bias(jnp.moveaxis(bias, -1, 1), mask)
-
-
-def _check(mask: jax.Array, pair: jax.Array, **acts: jax.Array) -> None:
-  """Shapes and dtypes of a transformer's arguments."""
-  sizes = checks.check_shapes(
-    mask=(mask, 'n_atom'),
-    **{name: (x, f'n_atom c_{name}') for name, x in acts.items()},
-    pair=(pair, 'n_window n_query n_key c_pair'),
-  )
-  checks.check_dtypes('floating', pair=pair, **acts)
-  checks.check_dtypes('bool', mask=mask)
-  if sizes['n_window'] * sizes['n_query'] != sizes['n_atom']:
-    raise ValueError(
-      f'pair: expected n_window * n_query = {sizes["n_atom"]} atoms from '
-      f"'mask', got {sizes['n_window']} windows of {sizes['n_query']}"
-    )

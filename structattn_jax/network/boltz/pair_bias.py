@@ -1,15 +1,18 @@
 """The atom pair of Boltz and its attention biases, window by window.
 
-Steps 2 to 6 of Boltz's atom encoder (Abramson et al. 2024, Suppl. Alg. 5, lines
-2-14) and the projections of the pair to the biases of all layers:
+Abramson et al. (2024) Suppl. Alg. 5, the lines that make the pair, as in Boltz'
+atom encoder, and what the attention (Alg. 24) of all layers makes of it:
 
-  p_ij = v_ij (d W_pos + w_dist / (1 + |d|^2) + w_same) + row_i + column_j
-         + LN(z[token_i, token_j]) W_z,        d = position_j - position_i
-  p   += MLP(p),    bias = LN(p) W + offset
+   2-6  p_ij  = v_ij (d W_pos + w_dist / (1 + |d|^2) + w_same),
+        d = position_j - position_i
+    10  p_ij += LN(z[token_i, token_j]) W_z
+    13  p_ij += row_i + column_j
+    14  p    += MLP(p)
+        bias  = LN(p) W + offset
 
 with v_ij = 1 for atoms of the same reference conformer.
 
-`pair_act` and `dense_biases` are the definition, all windows at once.
+`pair_act` and `published_biases` are the definition, all windows at once.
 `blocked_biases` gives the same biases and has its own backward pass: a window
 at a time, channels first, so that the pair stays in cache and is never stored,
 and only rows of z that some window needs are read: those of its pairs of runs,
@@ -27,9 +30,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from structattn_jax.common import numerics
 from structattn_jax.components import windows
 
-_EPSILON = 1e-5
 # Blocks of runs: a window of a protein has 4 to 9 runs of queries and 17 to 30
 # of keys.
 _QUERY_RUNS, _KEY_RUNS = 8, 32
@@ -98,7 +101,9 @@ def pair_act(
   geometry = jnp.matmul(features, weights.geometry, precision='highest')
   pair = jnp.where(same[..., None], geometry, 0)
   if tokens is not None:
-    projected = _normalise(tokens.pair) @ tokens.weights + tokens.offset
+    projected = (
+      numerics.layer_norm(tokens.pair) @ tokens.weights + tokens.offset
+    )
     n_token = projected.shape[0]
     rows, columns = queries(tokens.index), keys(tokens.index + 1) - 1
     kept = (rows >= 0) & (columns >= 0)
@@ -112,21 +117,15 @@ def pair_act(
   return pair + hidden
 
 
-def dense_biases(
+def published_biases(
   sizes: Sizes, weights: Weights, atoms: Atoms, tokens: Tokens | None
 ) -> tuple[jax.Array, ...]:
   """Of each layer, [n_window, n_head, n_query, n_key]; masked keys too."""
-  pair = _normalise(pair_act(sizes, weights, atoms, tokens))
+  pair = numerics.layer_norm(pair_act(sizes, weights, atoms, tokens))
   biases = jnp.moveaxis(pair @ weights.bias + weights.bias_offset, -1, 1)
   is_key = windows.key_windows(atoms.mask, sizes.n_query, sizes.n_key)
   biases = jnp.where(is_key[:, None, None], biases, sizes.masked)
   return tuple(_split(biases, sizes.heads, 1))
-
-
-def _normalise(x: jax.Array, axis: int = -1) -> jax.Array:
-  x = x - jnp.mean(x, axis, keepdims=True)
-  variance = jnp.mean(jnp.square(x), axis, keepdims=True)
-  return x * jax.lax.rsqrt(variance + _EPSILON)
 
 
 def _split(
@@ -170,7 +169,7 @@ class _Padded(NamedTuple):
 def blocked_biases(
   sizes: Sizes, weights: Weights, atoms: Atoms, tokens: Tokens | None
 ) -> tuple[jax.Array, ...]:
-  """`dense_biases` in memory that grows with atoms times layers."""
+  """`published_biases` in memory that grows with atoms times layers."""
   return _forward(sizes, weights, atoms, tokens)[0]
 
 
@@ -283,7 +282,7 @@ def _statistics(pair: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Mean over channels and 1 / sqrt(variance + epsilon)."""
   mean = _sum(pair) / len(pair)
   variance = _sum(jnp.square(pair - mean)) / len(pair)
-  return mean, jax.lax.rsqrt(variance + _EPSILON)
+  return mean, jax.lax.rsqrt(variance + numerics.LAYER_NORM_EPSILON)
 
 
 def _sum(x: jax.Array) -> jax.Array:
@@ -493,7 +492,7 @@ def _token_pair(
     def by_key(j: jax.Array, total: jax.Array) -> jax.Array:
       (query_token, _), (key_token, key_is) = block(i, j)
       _, kept, rows = _rows(tokens, query_token, key_token)
-      values = _normalise(rows) @ tokens.weights + tokens.offset
+      values = numerics.layer_norm(rows) @ tokens.weights + tokens.offset
       values = jnp.where(kept, values, 0).T
       values = values.reshape(channels, _QUERY_RUNS, _KEY_RUNS)
       # Spread by a product with ones and zeros: exact, and no gather.
@@ -536,7 +535,7 @@ def _token_pair_backward(
       d_values = jnp.where(kept, d_values.reshape(channels, -1).T, 0)
 
       def project(rows: jax.Array, weights: jax.Array) -> jax.Array:
-        return _normalise(rows) @ weights
+        return numerics.layer_norm(rows) @ weights
 
       _, transpose = jax.vjp(project, rows, tokens.weights)
       d_rows, own_weights = transpose(d_values)

@@ -1,6 +1,6 @@
 """Where the parameters of Boltz's atom attention are, and their tables.
 
-Names and scopes as `boltz_encoders` says; initial values are upstream's.
+Names and scopes as `atom_attention` says; initial values are upstream's.
 """
 
 from structattn_jax.components import parameters as pm
@@ -65,23 +65,23 @@ def bias_projections(config: Config) -> list[str]:
 
 
 def atom_attention_parameters(config: Config) -> pm.Table:
-  """Of `transform_boltz_atom_attention`."""
-  table = bt.below(
-    'atom_attention_encoder', attention_encoder_parameters(config)
+  """Of `atom_attention_outputs`."""
+  table = pm.nest(
+    attention_encoder_parameters(config), 'atom_attention_encoder/'
   )
   if config.has_decoder:
-    table |= bt.below(
-      'atom_attention_decoder', attention_decoder_parameters(config)
+    table |= pm.nest(
+      attention_decoder_parameters(config), 'atom_attention_decoder/'
     )
   if not isinstance(config, Boltz2AtomAttentionConfig):
     return table
   if config.structure_prediction:
-    return table | bt.below(
-      'diffusion_conditioning', diffusion_conditioning_parameters(config)
+    return table | pm.nest(
+      diffusion_conditioning_parameters(config), 'diffusion_conditioning/'
     )
   num_bias = config.atom_encoder_depth * config.atom_encoder_heads
   return {
-    **bt.below('atom_encoder', atom_encoder_parameters(config)),
+    **pm.nest(atom_encoder_parameters(config), 'atom_encoder/'),
     **bt.pair_bias_parameters(config.atom_z, num_bias, 'atom_enc_proj_z'),
     **table,
   }
@@ -153,7 +153,7 @@ def attention_encoder_parameters(config: Config) -> pm.Table:
   )
   width = (2 if config.structure_prediction else 1) * config.token_s
   table = {
-    **bt.below('atom_encoder/diffusion_transformer', transformer),
+    **pm.nest(transformer, 'atom_encoder/diffusion_transformer/'),
     'atom_to_token_trans_0': bt.linear_parameters(config.atom_s, width),
   }
   if config.structure_prediction:
@@ -182,7 +182,7 @@ def attention_decoder_parameters(config: Config) -> pm.Table:
     'a_to_q_trans': bt.linear_parameters(
       2 * config.token_s, s, initializer='zeros'
     ),
-    **bt.below('atom_decoder/diffusion_transformer', transformer),
+    **pm.nest(transformer, 'atom_decoder/diffusion_transformer/'),
     **update,
   }
 
@@ -195,29 +195,15 @@ def diffusion_conditioning_parameters(
     config.token_z, 2 * config.token_z, config.conditioning_transition_layers
   )
   table = {
-    **bt.below('pairwise_conditioner', pairwise),
-    **bt.below('atom_encoder', atom_encoder_parameters(config)),
+    **pm.nest(pairwise, 'pairwise_conditioner/'),
+    **pm.nest(atom_encoder_parameters(config), 'atom_encoder/'),
   }
-  for name, depth, heads, channels in (
-    (
-      'atom_enc_proj_z',
-      config.atom_encoder_depth,
-      config.atom_encoder_heads,
-      config.atom_z,
-    ),
-    (
-      'atom_dec_proj_z',
-      config.atom_decoder_depth,
-      config.atom_decoder_heads,
-      config.atom_z,
-    ),
-    (
-      'token_trans_proj_z',
-      config.token_transformer_depth,
-      config.token_transformer_heads,
-      config.token_z,
-    ),
+  for name, part, channels in (
+    ('atom_enc_proj_z', 'atom_encoder', config.atom_z),
+    ('atom_dec_proj_z', 'atom_decoder', config.atom_z),
+    ('token_trans_proj_z', 'token_transformer', config.token_z),
   ):
-    for i in range(depth):
+    heads = getattr(config, f'{part}_heads')
+    for i in range(getattr(config, f'{part}_depth')):
       table |= bt.pair_bias_parameters(channels, heads, f'{name}_{i}')
   return table

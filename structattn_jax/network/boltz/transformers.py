@@ -5,8 +5,7 @@ transformer), 24 (attention with pair bias), 25 (conditioned transition) and 26
 (adaptive layer norm). Mirrors boltz `model/modules/transformers.py`,
 `transformersv2.py` and `model/layers/attention.py`, `attentionv2.py` @ 832486d.
 
-Everything is a pure function of a parameter tree; `boltz_modules` has the Haiku
-modules.
+Everything is a pure function of a parameter tree.
 Names are upstream's: the torch module `a.0.b` is the Haiku module `a_0/b`, its
 `weight` [out, in] is `weights` [in, out], or `scale` with `offset` for its
 `bias` in a layer norm. Upstream's state dicts hold `output_projection.0` as a
@@ -41,7 +40,6 @@ from structattn_jax.components.parameters import Params
 
 # Logit of a masked key: its weight is zero, and no infinity meets another.
 MASKED = -1e9
-_EPSILON = 1e-5
 # Windows whose atoms pass through the rest of a layer together on CPU: less
 # memory for more atoms, while up to so many are kept for the backward pass.
 _CPU_WINDOWS = 32
@@ -129,7 +127,7 @@ def transition_parameters(
   """Of `conditioned_transition`."""
   hidden = expansion_factor * channels
   return {
-    **below('adaln', ada_ln_parameters(channels, cond_channels)),
+    **pm.nest(ada_ln_parameters(channels, cond_channels), 'adaln/'),
     'swish_gate_0': linear_parameters(channels, 2 * hidden),
     'a_to_b': linear_parameters(channels, hidden),
     'b_to_a': linear_parameters(hidden, channels),
@@ -159,18 +157,14 @@ def diffusion_transformer_parameters(
   """
   attention = attention_parameters(channels, num_head, pair_channels)
   layer = {
-    **below('adaln', ada_ln_parameters(channels, cond_channels)),
-    **below('pair_bias_attn', attention),
+    **pm.nest(ada_ln_parameters(channels, cond_channels), 'adaln/'),
+    **pm.nest(attention, 'pair_bias_attn/'),
     'output_projection_linear': _gate_parameters(channels, cond_channels),
-    **below('transition', transition_parameters(channels, cond_channels)),
+    **pm.nest(transition_parameters(channels, cond_channels), 'transition/'),
   }
   if post_layer_norm:
     layer['post_lnorm'] = layer_norm_parameters(channels)
-  return {
-    name: parameter
-    for i in range(depth)
-    for name, parameter in below(f'layers_{i}', layer).items()
-  }
+  return pm.numbered(layer, 'layers', depth)
 
 
 def _gate_parameters(
@@ -179,11 +173,6 @@ def _gate_parameters(
   return pm.linear(
     cond_channels, channels, initializer='zeros', bias=_GATE_BIAS
   )
-
-
-def below(scope: str, table: pm.Table) -> pm.Table:
-  """The table of a module called `scope`."""
-  return {f'{scope}/{name}': arrays for name, arrays in table.items()}
 
 
 # Functions of parameters.
@@ -202,8 +191,8 @@ def ada_ln(params: Params, a: jax.Array, s: jax.Array) -> jax.Array:
 
   sigmoid(Linear(s')) LN(a) + Linear'(s'), s' = LN(s) with scale, no offset.
   """
-  scale, shift = _ada_ln_terms(params, _normalise(s))
-  return scale * _normalise(a) + shift
+  scale, shift = _ada_ln_terms(params, functional.normalise(s))
+  return scale * functional.normalise(a) + shift
 
 
 def _ada_ln_terms(
@@ -248,7 +237,7 @@ def attention_pair_bias(
     bias: [n_window, n_head, n_query, n_key] float, added to the logits; that
       of masked keys is `MASKED` (see `masked_bias`).
     mask: [n_atom] bool, True = keep, of the keys.
-    chunk: windows at a time; see `kernels.windowed_attention`.
+    chunk: windows at a time; see `components.windowed_attention`.
 
   Returns:
     [n_atom, c]; zero before `proj_o` for rows without any key.
@@ -345,12 +334,16 @@ def layer(
   transition = pm.below(params, 'transition/')
 
   def attention_input(a: jax.Array, terms: LayerTerms) -> jax.Array:
-    return terms.attention_scale * _normalise(a) + terms.attention_shift
+    return (
+      terms.attention_scale * functional.normalise(a) + terms.attention_shift
+    )
 
   def update(a: jax.Array, out: jax.Array, terms: LayerTerms) -> jax.Array:
     x = attention_input(a, terms)
     a = a + terms.attention_gate * _gated(attention, x, out)
-    x = terms.transition_scale * _normalise(a) + terms.transition_shift
+    x = (
+      terms.transition_scale * functional.normalise(a) + terms.transition_shift
+    )
     a = a + terms.transition_gate * _transition(transition, x)
     if 'post_lnorm' in params:
       a = functional.layer_norm(params, 'post_lnorm', a)
@@ -391,7 +384,7 @@ def by_rows(
 
 def transformer_terms(params: Params, s: jax.Array) -> tuple[LayerTerms, ...]:
   """The terms of every layer; see `layer_terms`."""
-  normalised = _normalise(s)
+  normalised = functional.normalise(s)
   return tuple(layer_terms(own, s, normalised) for own in layers(params))
 
 
@@ -419,7 +412,7 @@ def diffusion_transformer(
   Returns:
     [n_atom, c] in the dtype of `a`.
   """
-  normalised = None if s is None else _normalise(s)
+  normalised = None if s is None else functional.normalise(s)
   for i, own in enumerate(layers(params)):
     if terms is not None:
       own_terms = terms[i]
@@ -442,32 +435,6 @@ def layers(params: Params) -> list[Params]:
 
 # Functions whose backward passes keep less than those that JAX derives: of a
 # layer that is half of all it keeps.
-
-
-@jax.custom_vjp
-def _normalise(x: jax.Array) -> jax.Array:
-  """Layer norm without scale and offset."""
-  return _normalise_forward(x)[0]
-
-
-def _normalise_forward(x: jax.Array) -> tuple[jax.Array, Any]:
-  wide = numerics.at_least_float32(x)
-  wide = wide - jnp.mean(wide, -1, keepdims=True)
-  variance = jnp.mean(jnp.square(wide), -1, keepdims=True)
-  scale = jax.lax.rsqrt(variance + _EPSILON)
-  y = (wide * scale).astype(x.dtype)
-  return y, (y, scale)
-
-
-def _normalise_backward(kept: Any, gradient: jax.Array) -> tuple[jax.Array]:
-  y, scale = kept
-  wide, d = numerics.at_least_float32(y), numerics.at_least_float32(gradient)
-  d = d - jnp.mean(d, -1, keepdims=True)
-  d = scale * (d - wide * jnp.mean(wide * d, -1, keepdims=True))
-  return (d.astype(gradient.dtype),)
-
-
-_normalise.defvjp(_normalise_forward, _normalise_backward)
 
 
 @jax.custom_vjp

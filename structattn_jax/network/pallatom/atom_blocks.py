@@ -3,8 +3,9 @@
 Follows the API page `pallatom.architecture.atom_transformers` (seed document
 002) and the behaviour of github.com/tmatteso/diffusion @ 39c8d25a, written
 from its description. All pair tensors are sparse: row l lists the atoms whose
-residue lies within the window of l's residue. The encoder and the decoder
-around it are in `pallatom_atom_transformers.py`.
+residue lies within the window of l's residue (`neighbour_plan`). The encoder
+and the decoder around it are in `atom_transformers`; `transform_atoms` is what
+both do with the pairs of atoms.
 
 Shapes: n_atom atoms; n_nbr neighbour slots per atom; n_head heads; c_atom and
 c_pair (upstream: c_atompair) channels. No units: inputs are activations.
@@ -17,7 +18,8 @@ attention term instead of NaN; under jit the number of slots is an argument.
 """
 
 import dataclasses
-from typing import Any
+import functools
+from typing import Any, Literal
 
 import haiku as hk
 import jax
@@ -25,10 +27,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from structattn_jax.common import base_config, checks, numerics
+from structattn_jax.components import functional
 from structattn_jax.components import haiku_modules as hm
+from structattn_jax.components import parameters as pm
+from structattn_jax.components.parameters import Params
 from structattn_jax.network.pallatom import residue_windows
+from structattn_jax.network.pallatom.neighbour_plan import (
+  WINDOW_SIZE,
+  NeighbourPlan,
+  build_sparse_pairs,
+  plan_neighbours,
+)
+from structattn_jax.network.pallatom.residue_windows import PairSkip
 
-WINDOW_SIZE = 32
+Implementation = Literal['published', 'blocked']
+# A plan of windows, or upstream's lists and masks.
+Neighbours = NeighbourPlan | tuple[Any, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,113 +56,6 @@ class AtomTransformerConfig(base_config.BaseConfig):
 
   num_block: int = 3
   num_head: int = 4
-
-
-def build_sparse_pairs(
-  tok_idx: Any,
-  window_size: int = WINDOW_SIZE,
-  *,
-  max_neighbours: int | None = None,
-) -> tuple[Any, Any]:
-  """Lists for every atom the atoms in its window of residues.
-
-  m is a neighbour of l if |tok_idx[l] - tok_idx[m]| < window_size // 2. Rows
-  ascend in atom index; padding slots hold n_atom - 1 and are masked. Sorting
-  and two searches, O(n log n + n k), instead of upstream's n x n comparison.
-
-    >>> neighbours, valid = build_sparse_pairs(np.array([0, 0, 5, 6]), 4)
-    >>> neighbours.tolist(), valid.tolist()
-    ([[0, 1], [0, 1], [2, 3], [2, 3]], [[True, True], [True, True], \
-[True, True], [True, True]])
-
-  Args:
-    tok_idx: [n_atom] integer, the residue of each atom; any order, gaps and
-      offsets allowed.
-    window_size: static span of the window in residues; 0 and 1 give no
-      neighbours at all, 2 and 3 the own residue only.
-    max_neighbours: static number of slots. None takes the largest number that
-      any atom has, which needs concrete `tok_idx`; under jit give
-      `required_neighbours(tok_idx, window_size)` or more.
-
-  Returns:
-    neighbor_idx [n_atom, n_nbr] and valid_mask [n_atom, n_nbr] bool. Concrete
-    `tok_idx`: NumPy arrays, indices int64, exactly upstream's. Traced: JAX
-    arrays, indices int32.
-
-  Raises:
-    ValueError: if `tok_idx` is not a vector, if `max_neighbours` is missing
-      under jit or too small (the message says the number needed), or if
-      `window_size` is negative. A compiled function raises `JaxRuntimeError`
-      with the same message when it meets an index that needs more.
-    TypeError: if `tok_idx` does not hold integers.
-  """
-  checks.check_shapes(tok_idx=(tok_idx, 'n_atom'))
-  checks.check_dtypes('integer', tok_idx=tok_idx)
-  if window_size < 0:
-    raise ValueError(f'window_size: expected at least 0, got {window_size}')
-  concrete = checks.is_concrete(tok_idx)
-  if max_neighbours is None and not concrete:
-    raise ValueError(
-      'max_neighbours: required under jit; compute it on the host with '
-      'required_neighbours(tok_idx, window_size)'
-    )
-  # The same lines on the host and under jit.
-  xp: Any = np if concrete else jnp
-  tok_idx = xp.asarray(tok_idx)
-  n_atom, half = tok_idx.shape[0], window_size // 2
-  order = xp.argsort(tok_idx, stable=True)
-  ordered = tok_idx[order]
-  low = xp.searchsorted(ordered, tok_idx - half, side='right')
-  high = xp.searchsorted(ordered, tok_idx + half, side='left')
-  needed = xp.maximum(high - low, 0).max(initial=0)
-  if concrete:
-    max_neighbours = int(needed) if max_neighbours is None else max_neighbours
-    _check_neighbours(needed, max_neighbours)
-  else:
-    jax.lax.cond(
-      needed > max_neighbours,
-      lambda: jax.debug.callback(_check_neighbours, needed, max_neighbours),
-      lambda: None,
-    )
-  slots = low[:, None] + xp.arange(max_neighbours)
-  valid = slots < high[:, None]
-
-  def unsorted_rows():
-    # Atoms of a window are contiguous once sorted by residue; sorting the row
-    # restores ascending atom indices.
-    rows = order[xp.clip(slots, 0, max(n_atom - 1, 0))]
-    return xp.sort(xp.where(valid, rows, n_atom), -1).astype(slots.dtype)
-
-  is_sorted = (ordered == tok_idx).all()
-  if concrete:
-    neighbours = slots if is_sorted else unsorted_rows()
-  else:
-    neighbours = jax.lax.cond(is_sorted, lambda: slots, unsorted_rows)
-  return xp.where(valid, neighbours, n_atom - 1), valid
-
-
-def _check_neighbours(needed: Any, max_neighbours: Any) -> None:
-  if needed > max_neighbours:
-    raise ValueError(
-      f'max_neighbours: {max_neighbours} is too small, an atom has {needed} '
-      f'neighbours; give max_neighbours={needed}'
-    )
-
-
-def required_neighbours(tok_idx: Any, window_size: int = WINDOW_SIZE) -> int:
-  """Largest number of neighbours of any atom, computed on the host.
-
-  Args:
-    tok_idx: [n_atom] integer, concrete.
-    window_size: span of the window in residues.
-
-  Returns:
-    The smallest number that `max_neighbours` may be.
-  """
-  ordered, half = np.sort(np.asarray(tok_idx)), window_size // 2
-  low = np.searchsorted(ordered, ordered - half, side='right')
-  high = np.searchsorted(ordered, ordered + half, side='left')
-  return max(int((high - low).max(initial=0)), 0)
 
 
 class LinearNoBias(hm.Linear):
@@ -174,6 +81,104 @@ class LinearNoBias(hm.Linear):
       precision=precision,
       name=name,
     )
+
+
+# Tables of parameters.
+
+
+def linear_parameters(
+  num_input: int, num_output: int
+) -> dict[str, pm.Parameter]:
+  """Of a linear layer without bias, torch's default initialiser."""
+  return pm.linear(num_input, num_output, initializer='torch')
+
+
+def layer_norm_parameters(channels: int) -> dict[str, pm.Parameter]:
+  """Of a LayerNorm with scale and offset."""
+  return pm.layer_norm(channels, offset=True)
+
+
+def block_parameters(c_atom: int, c_pair: int, num_head: int) -> pm.Table:
+  """Of `atom_transformer_block`.
+
+  Raises:
+    ValueError: unless the heads divide the channels.
+  """
+  if num_head < 1 or c_atom % num_head:
+    raise ValueError(
+      f'q: c_atom={c_atom} must be divisible by num_head={num_head}'
+    )
+  norms = {'q': c_atom, 'c': c_atom, 'pair': c_pair, 'ff': c_atom}
+  return {
+    **{f'norm_{x}': layer_norm_parameters(c) for x, c in norms.items()},
+    **{
+      f'to_{x}': linear_parameters(c_atom, c_atom)
+      for x in ('q', 'k', 'v', 'out')
+    },
+    'pair_bias': linear_parameters(c_pair, num_head),
+    'ff1': linear_parameters(c_atom, 4 * c_atom),
+    'ff2': linear_parameters(4 * c_atom, c_atom),
+  }
+
+
+def atoms_parameters(
+  names: tuple[str, str],
+  c_atom: int,
+  c_pair: int,
+  c_z: int,
+  config: AtomTransformerConfig,
+) -> pm.Table:
+  """Of `transform_atoms`."""
+  block = block_parameters(c_atom, c_pair, config.num_head)
+  return {
+    names[0]: layer_norm_parameters(c_z),
+    names[1]: linear_parameters(c_z, c_pair),
+    **{x: linear_parameters(c_pair, c_pair) for x in residue_windows.MLP},
+    **pm.numbered(block, 'transformer/blocks', config.num_block),
+  }
+
+
+# The transformer.
+
+
+def atom_transformer_block(
+  params: Params,
+  num_head: int,
+  q: jax.Array,
+  c: jax.Array,
+  p: jax.Array,
+  neighbor_idx: jax.Array,
+  valid_mask: jax.Array,
+) -> jax.Array:
+  """`AtomTransformerBlock` as a function of `block_parameters`."""
+  n_atom, c_atom = q.shape
+  heads = (n_atom, num_head, c_atom // num_head)
+  linear = functools.partial(functional.linear, params)
+  layer_norm = functools.partial(functional.layer_norm, params)
+  if not neighbor_idx.shape[1]:  # One dead slot: a maximum needs something.
+    p = jnp.pad(p, ((0, 0), (0, 1), (0, 0)))
+    neighbor_idx = jnp.zeros((n_atom, 1), jnp.int32)
+    valid_mask = jnp.zeros((n_atom, 1), bool)
+
+  context = layer_norm('norm_c', c)
+  query = linear('to_q', layer_norm('norm_q', q)).reshape(heads)
+  key, value = (
+    linear(name, context).reshape(heads)[neighbor_idx]
+    for name in ('to_k', 'to_v')
+  )
+  bias = linear('pair_bias', layer_norm('norm_pair', p))
+  logits = jnp.einsum(
+    'lhd,lkhd->lkh',
+    numerics.at_least_float32(query),
+    numerics.at_least_float32(key),
+  )
+  logits = logits * heads[-1] ** -0.5 + numerics.at_least_float32(bias)
+  weights = numerics.masked_softmax(logits, valid_mask[..., None], axis=1)
+  attended = jnp.einsum('lkh,lkhd->lhd', weights.astype(q.dtype), value)
+  q = q + linear('to_out', attended.reshape(n_atom, c_atom))
+
+  hidden = linear('ff1', layer_norm('norm_ff', q))
+  return q + linear('ff2', jax.nn.relu(hidden))
 
 
 class AtomTransformerBlock(hk.Module):
@@ -230,68 +235,14 @@ class AtomTransformerBlock(hk.Module):
     checks.check_dtypes('floating', q=q, c=c, p=p)
     checks.check_dtypes('integer', neighbor_idx=neighbor_idx)
     checks.check_dtypes('bool', valid_mask=valid_mask)
-    n_atom, c_atom, n_head = dims['n_atom'], dims['c_atom'], self.num_head
-    check_heads(c_atom, n_head)
-    heads = (n_atom, n_head, c_atom // n_head)
-    if not dims['n_nbr']:  # One dead slot: a maximum needs something.
-      p = jnp.pad(p, ((0, 0), (0, 1), (0, 0)))
-      neighbor_idx = jnp.zeros((n_atom, 1), jnp.int32)
-      valid_mask = jnp.zeros((n_atom, 1), bool)
-
-    context = hm.LayerNorm(name='norm_c')(c)
-    query = LinearNoBias(c_atom, name='to_q')(hm.LayerNorm(name='norm_q')(q))
-    key = LinearNoBias(c_atom, name='to_k')(context)
-    value = LinearNoBias(c_atom, name='to_v')(context)
-    key, value = (x.reshape(heads)[neighbor_idx] for x in (key, value))
-    bias = hm.LayerNorm(name='norm_pair')(p)
-    bias = LinearNoBias(n_head, name='pair_bias')(bias)
-
-    logits = jnp.einsum(
-      'lhd,lkhd->lkh',
-      numerics.at_least_float32(query.reshape(heads)),
-      numerics.at_least_float32(key),
-    )
-    logits = logits * heads[-1] ** -0.5 + numerics.at_least_float32(bias)
-    weights = numerics.masked_softmax(logits, valid_mask[..., None], axis=1)
-    attended = jnp.einsum('lkh,lkhd->lhd', weights.astype(q.dtype), value)
-    q = q + LinearNoBias(c_atom, name='to_out')(
-      attended.reshape(n_atom, c_atom)
-    )
-
-    hidden = LinearNoBias(4 * c_atom, name='ff1')(
-      hm.LayerNorm(name='norm_ff')(q)
-    )
-    return q + LinearNoBias(c_atom, name='ff2')(jax.nn.relu(hidden))
-
-  @hk.name_like('__call__')
-  def weights(
-    self, c_atom: int, c_pair: int, dtype: Any
-  ) -> residue_windows.BlockWeights:
-    """The block's parameters, for the lean implementation.
-
-    Args:
-      c_atom: channels of atoms.
-      c_pair: channels of pairs.
-      dtype: of fresh parameters.
-
-    Returns:
-      The same parameters that a call reads.
-    """
-    n_head = self.num_head
-    check_heads(c_atom, n_head)
-    wide = 4 * c_atom
-    return residue_windows.BlockWeights(
-      norm_q=norm_weights('norm_q', c_atom, dtype),
-      norm_c=norm_weights('norm_c', c_atom, dtype),
-      norm_pair=norm_weights('norm_pair', c_pair, dtype),
-      norm_ff=norm_weights('norm_ff', c_atom, dtype),
-      to_q=linear_weights('to_q', c_atom, c_atom, dtype),
-      to_k=linear_weights('to_k', c_atom, c_atom, dtype),
-      to_v=linear_weights('to_v', c_atom, c_atom, dtype),
-      to_out=linear_weights('to_out', c_atom, c_atom, dtype),
-      pair_bias=linear_weights('pair_bias', c_pair, n_head, dtype),
-      ff1=linear_weights('ff1', c_atom, wide, dtype),
-      ff2=linear_weights('ff2', wide, c_atom, dtype),
+    table = block_parameters(dims['c_atom'], dims['c_pair'], self.num_head)
+    params = pm.haiku_parameters(table, hm.parameter_dtype(q))
+    return atom_transformer_block(
+      params,
+      self.num_head,
+      *map(jnp.asarray, (q, c, p)),
+      neighbor_idx,
+      valid_mask,
     )
 
 
@@ -317,23 +268,10 @@ class AtomTransformer(hk.Module):
     valid_mask: jax.Array,
   ) -> jax.Array:
     """Returns the updated atom queries; arguments as the block's."""
-    for block in range(self.config.num_block):
-      q = self._block(block)(q, c, p, neighbor_idx, valid_mask)
+    for i in range(self.config.num_block):
+      block = AtomTransformerBlock(self.config.num_head, name=f'blocks_{i}')
+      q = block(q, c, p, neighbor_idx, valid_mask)
     return q
-
-  @hk.name_like('__call__')
-  def weights(
-    self, c_atom: int, c_pair: int, dtype: Any
-  ) -> list[residue_windows.BlockWeights]:
-    """The parameters of all blocks; see `AtomTransformerBlock.weights`."""
-    return [
-      self._block(block).weights(c_atom, c_pair, dtype)
-      for block in range(self.config.num_block)
-    ]
-
-  @hk.transparent
-  def _block(self, block: int) -> AtomTransformerBlock:
-    return AtomTransformerBlock(self.config.num_head, name=f'blocks_{block}')
 
 
 def transform_atom_transformer(
@@ -365,36 +303,162 @@ def transform_atom_transformer(
   return hk.without_apply_rng(hk.transform(forward))
 
 
-def check_heads(c_atom: int, num_head: int) -> None:
-  """Raises ValueError unless the heads divide the channels."""
-  if num_head < 1 or c_atom % num_head:
+# What encoder and decoder do with pairs of atoms.
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WindowedConfig(AtomTransformerConfig):
+  """What encoder and decoder choose about their transformer.
+
+  Attributes:
+    window_size: span of the window in residues. Not used where a call brings
+      its own plan.
+    implementation: 'published' or 'blocked', see `atom_transformers`. None
+      takes 'blocked' unless `tok_idx` is traced without a plan, or not sorted.
+    max_neighbours: slots per atom in 'published', needed where `tok_idx` is
+      traced.
+  """
+
+  window_size: int = WINDOW_SIZE
+  implementation: Implementation | None = None
+  max_neighbours: int | None = None
+
+
+def neighbours_of(
+  config: WindowedConfig,
+  tok: Any,
+  plan: NeighbourPlan | None,
+  max_neighbours: int | None,
+) -> Neighbours:
+  """The given plan, one made here, or upstream's index lists."""
+  implementation = config.implementation
+  if plan is not None:
+    if implementation == 'published':
+      raise ValueError("plan: expected none with implementation='published'")
+    if np.shape(plan.row) != np.shape(tok):
+      raise ValueError(
+        f'plan: made for {np.size(plan.row)} atoms, but tok_idx has '
+        f'{np.size(tok)}'
+      )
+    return plan
+  if checks.is_concrete(tok):
+    if implementation is None and np.any(np.diff(tok) < 0):
+      implementation = 'published'
+    if implementation != 'published':
+      return plan_neighbours(tok, config.window_size)
+  elif implementation == 'blocked':
     raise ValueError(
-      f'q: c_atom={c_atom} must be divisible by num_head={num_head}'
+      "plan: needed by implementation='blocked' where tok_idx is traced; make "
+      'it on the host with plan_neighbours(tok_idx, window_size)'
     )
-
-
-def exact_linear(name: str, num_output: int) -> LinearNoBias:
-  """For coordinates, which must not pass through TF32 or bfloat16 units."""
-  return LinearNoBias(num_output, precision='highest', name=name)
-
-
-def linear_weights(
-  name: str, num_input: int, num_output: int, dtype: Any
-) -> jax.Array:
-  """What `LinearNoBias(num_output, name=name)` reads."""
-  with hk.name_scope(name):
-    return hk.get_parameter(
-      'weights',
-      (num_input, num_output),
-      dtype,
-      hm.initializer('torch', num_input),
+  elif max_neighbours is None:
+    raise ValueError(
+      'plan: needed where tok_idx is traced; make it on the host with '
+      'plan_neighbours(tok_idx, window_size), or set max_neighbours in the '
+      'config'
     )
+  return build_sparse_pairs(
+    tok, config.window_size, max_neighbours=max_neighbours
+  )
 
 
-def norm_weights(name: str, size: int, dtype: Any) -> residue_windows.Norm:
-  """What `LayerNorm(name=name)` reads."""
-  with hk.name_scope(name):
-    return residue_windows.Norm(
-      hk.get_parameter('scale', (size,), dtype, jnp.ones),
-      hk.get_parameter('offset', (size,), dtype, jnp.zeros),
+def transform_atoms(
+  params: Params,
+  names: tuple[str, str],
+  config: WindowedConfig,
+  neighbours: Neighbours,
+  q: jax.Array,
+  c: jax.Array,
+  p_skip: PairSkip | jax.Array,
+  z: jax.Array,
+  tok: Any,
+  *,
+  space_uid: jax.Array | None = None,
+  atom_mask: jax.Array | None = None,
+  return_pair: bool = False,
+) -> tuple[jax.Array, jax.Array | None]:
+  """Adds z and the MLP to p_skip and runs the transformer.
+
+  Encoder steps 14 to 16, decoder steps 2 to 4; arrays may have a leading
+  n_batch.
+
+  Args:
+    params: those of `atoms_parameters`.
+    names: of the LayerNorm of z and of its projection.
+    config: of the encoder or the decoder.
+    neighbours: of `neighbours_of`.
+    q: [n_atom, c_atom] float.
+    c: [n, c_atom] float, rows of atoms; of residues with a `space_uid`.
+    p_skip: factors, or [n_atom, n_nbr, c_pair] float.
+    z: [n_token, n_token, c_z] float.
+    tok: [n_atom] integer, the residue of each atom.
+    space_uid: [n_atom] integer, which attention does not leave; or None.
+    atom_mask: [n_atom] bool, or None if all atoms are real.
+    return_pair: whether to return the pair.
+
+  Returns:
+    q [n_atom, c_atom], zero where it is masked, and p [n_atom, n_nbr, c_pair]
+    or None.
+  """
+  if isinstance(neighbours, NeighbourPlan):
+    run = functools.partial(
+      residue_windows.transform,
+      neighbours,
+      params,
+      names,
+      num_block=config.num_block,
+      num_head=config.num_head,
+      context_idx=None if space_uid is None else tok,
+      within_space=space_uid is not None,
+      return_pair=return_pair,
     )
+    q, p = _by_item(run, q, c, p_skip, z, atom_mask)
+  else:
+    tok, neighbor_idx, live = map(jnp.asarray, (tok, *neighbours))
+    if atom_mask is not None:
+      live &= atom_mask[..., :, None] & atom_mask[..., neighbor_idx]
+    # z is normalised and projected per pair of tokens, then expanded.
+    pair = numerics.at_least_float32(z)
+    pair = functional.layer_norm(params, names[0], pair)
+    pair = functional.linear(params, names[1], pair)
+    p = numerics.at_least_float32(p_skip)
+    p = p + pair[..., tok[:, None], tok[neighbor_idx], :]
+    hidden = p
+    for i, name in enumerate(residue_windows.MLP):
+      hidden = jax.nn.relu(hidden) if i else hidden
+      hidden = functional.linear(params, name, hidden)
+    p = jnp.where(live[..., None], p + hidden, 0)
+    if space_uid is not None:
+      c = jnp.take(c, tok, axis=-2, mode='clip')
+      live &= space_uid[..., :, None] == space_uid[..., neighbor_idx]
+    live = jnp.broadcast_to(live, p.shape[:-1])
+    for i in range(config.num_block):
+      own = pm.below(params, f'transformer/blocks_{i}/')
+      block = functools.partial(atom_transformer_block, own, config.num_head)
+      if q.ndim == 3:
+        block = jax.vmap(block, (0, 0, 0, None, 0))
+      q = block(q, c, p, neighbor_idx, live)
+    p = p if return_pair else None
+  if atom_mask is not None:
+    q = jnp.where(atom_mask[..., None], q, 0)
+  return q, p
+
+
+def _by_item(run: Any, *arrays: Any) -> tuple[jax.Array, jax.Array | None]:
+  """The blocked form of q, c, p_skip, z, atom_mask and of batches of them."""
+
+  def one(arrays: tuple[Any, ...]) -> tuple[jax.Array, jax.Array | None]:
+    return run(*arrays[:-1], atom_mask=arrays[-1])
+
+  q, c, p_skip, z, atom_mask = arrays
+  if q.ndim == 2:
+    return one(arrays)
+  if isinstance(p_skip, PairSkip):
+    shared = p_skip.inverse_square
+    shared = jnp.broadcast_to(shared, (len(q), *shared.shape))
+    p_skip = dataclasses.replace(p_skip, inverse_square=shared)
+  arrays = (q, c, p_skip, z, atom_mask)
+  # One after the other keeps a block in the cache of a CPU.
+  if jax.default_backend() == 'cpu':
+    return jax.lax.map(one, arrays)
+  return jax.vmap(one)(arrays)

@@ -1,4 +1,4 @@
-"""Pallatom's sparse atom transformers: encoder, decoder and their blocks.
+"""Pallatom's sparse atom transformers: encoder and decoder.
 
 Follows the API page `pallatom.architecture.atom_transformers` (seed document
 002) and the behaviour of github.com/tmatteso/diffusion @ 39c8d25a, written
@@ -10,10 +10,12 @@ Shapes: n_atom atoms; n_token residues; n_nbr neighbour slots per atom; n_head
 heads; c_atom, c_pair (upstream: c_atompair), c_token and c_z channels. Encoder
 and decoder also take a leading n_batch. Units: reference positions in angstrom.
 
-Two implementations with the same numbers. 'lean' works through windows of
-consecutive atoms (`kernels/residue_windows.py`): no tensor over atoms and
-neighbours exists, neither forward nor backward. 'dense' is upstream's form on
-[n_atom, n_nbr, c_pair] tensors, for parity and for tokens in any order.
+Two implementations with the same numbers. 'blocked' works through windows of
+consecutive atoms (`residue_windows`): no tensor over atoms and neighbours
+exists, neither forward nor backward. 'published' is upstream's form on
+[n_atom, n_nbr, c_pair] tensors, for parity and for tokens in any order. What
+calls share is the plan of the windows, made once by `plan_neighbours`; there
+is no other cached form.
 
 As published, odd or not:
   * Keys and values come from the context c alone, q is never a key. Atoms of a
@@ -23,107 +25,59 @@ As published, odd or not:
     not; only its p_skip is zero between spaces.
   * Step 1 groups atoms by position, n_atom // n_token at a time, not by token.
   * In a batch `tok_idx[0]` serves all items, except in the mean of step 17.
-Those of the blocks are in `pallatom_atom_blocks.py`. Differs from published:
+Those of the blocks are in `atom_blocks`. Differs from published:
 `atom_mask` is an extension; an atom without any live slot gets a zero attention
 term instead of NaN; under jit the number of slots, or a plan of the windows, is
 an argument; logits, softmax and norms are at least float32.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from structattn_jax.common import base_config, checks, numerics
+from structattn_jax.common import checks, numerics
+from structattn_jax.components import functional, segment
 from structattn_jax.components import haiku_modules as hm
-from structattn_jax.components import segment
-from structattn_jax.network.pallatom import atom_blocks as blocks_lib
-from structattn_jax.network.pallatom import neighbour_plan, residue_windows
-from structattn_jax.network.pallatom.atom_blocks import (
-  WINDOW_SIZE,
-  AtomTransformer,
-  AtomTransformerBlock,
-  AtomTransformerConfig,
-  LinearNoBias,
-  build_sparse_pairs,
-  required_neighbours,
-  transform_atom_transformer,
+from structattn_jax.components import parameters as pm
+from structattn_jax.network.pallatom import atom_blocks
+from structattn_jax.network.pallatom.neighbour_plan import (
+  WINDOW_SIZE as WINDOW_SIZE,
 )
+from structattn_jax.network.pallatom.neighbour_plan import (
+  NeighbourPlan,
+)
+from structattn_jax.network.pallatom.residue_windows import PairSkip
 
-# Also the names of upstream's file that live beside the blocks.
-__all__ = [
-  'WINDOW_SIZE',
-  'AtomAttentionDecoder',
-  'AtomAttentionDecoderConfig',
-  'AtomAttentionDecoderOutput',
-  'AtomFeatureEncoder',
-  'AtomFeatureEncoderConfig',
-  'AtomFeatureEncoderOutput',
-  'AtomTransformer',
-  'AtomTransformerBlock',
-  'AtomTransformerConfig',
-  'LinearNoBias',
-  'build_sparse_pairs',
-  'required_neighbours',
-  'transform_atom_attention_decoder',
-  'transform_atom_feature_encoder',
-  'transform_atom_transformer',
-]
-
-Implementation = Literal['lean', 'dense']
-
-# Upstream's numbering of the layers of an MLP with ReLUs between them.
-_MLP_LAYERS = (0, 2, 4, 6)
+_ENCODER_NAMES = ('norm_z_init', 'proj_z_init')
+_DECODER_NAMES = ('norm_z', 'proj_z')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AtomFeatureEncoderConfig(base_config.BaseConfig):
+class AtomFeatureEncoderConfig(atom_blocks.WindowedConfig):
   """Sizes and choices of the encoder; the defaults are Pallatom's main trunk.
 
   Attributes:
     c_atom: channels of atoms (upstream: m).
     c_pair: channels of atom pairs (upstream: d).
     c_out: channels of the pooled s_i (upstream: c).
-    num_block: transformer blocks.
-    num_head: heads; must divide c_atom.
-    window_size: span of the window in residues. Not used where a call brings
-      its own plan.
-    implementation: 'lean' or 'dense', see the module. None takes 'lean' unless
-      `tok_idx` is traced without a plan, or not sorted.
-    max_neighbours: slots per atom in 'dense', needed where `tok_idx` is traced.
+    num_block: transformer blocks; the rest as in `WindowedConfig`.
   """
 
   c_atom: int = 128
   c_pair: int = 16
   c_out: int = 256
   num_block: int = 2
-  num_head: int = 4
-  window_size: int = WINDOW_SIZE
-  implementation: Implementation | None = None
-  max_neighbours: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AtomAttentionDecoderConfig(base_config.BaseConfig):
-  """Sizes and choices of the decoder; channels come from the inputs.
-
-  Attributes:
-    num_block: transformer blocks.
-    num_head: heads; must divide c_atom.
-    window_size: as in `AtomFeatureEncoderConfig`.
-    implementation: likewise.
-    max_neighbours: likewise.
-  """
-
-  num_block: int = 3
-  num_head: int = 4
-  window_size: int = WINDOW_SIZE
-  implementation: Implementation | None = None
-  max_neighbours: int | None = None
+class AtomAttentionDecoderConfig(atom_blocks.WindowedConfig):
+  """Sizes and choices of the decoder; channels come from the inputs."""
 
 
 class AtomFeatureEncoderOutput(NamedTuple):
@@ -133,15 +87,15 @@ class AtomFeatureEncoderOutput(NamedTuple):
     s_i: [n_token, c_out], atoms pooled to residues; 0 where there is none.
     q_skip: [n_atom, c_atom], queries after the transformer.
     c_skip: [n_atom, c_atom], features of the reference conformer.
-    p_skip: the atom pairs: a `PairSkip` ('lean'), whose `dense` method gives
-      upstream's tensor, or [n_atom, n_nbr, c_pair] ('dense').
+    p_skip: the atom pairs: a `PairSkip` ('blocked'), whose `dense` method gives
+      upstream's tensor, or [n_atom, n_nbr, c_pair] ('published').
     c_l: [n_atom, c_atom], context of the decoders.
   """
 
   s_i: jax.Array
   q_skip: jax.Array
   c_skip: jax.Array
-  p_skip: residue_windows.PairSkip | jax.Array
+  p_skip: PairSkip | jax.Array
   c_l: jax.Array
 
 
@@ -189,7 +143,7 @@ class AtomFeatureEncoder(hk.Module):
     tok_idx: Any,
     atom_mask: jax.Array | None = None,
     *,
-    plan: neighbour_plan.NeighbourPlan | None = None,
+    plan: NeighbourPlan | None = None,
   ) -> AtomFeatureEncoderOutput:
     """Returns pooled residues, atoms and pairs.
 
@@ -205,7 +159,7 @@ class AtomFeatureEncoder(hk.Module):
       atom_mask: [n_atom] bool, True = real atom; None means all. What other
         atoms hold reaches nothing, and their rows of q_skip are zero.
       plan: windows of the atoms, from `plan_neighbours` with the window that is
-        wanted; needed by 'lean' where `tok_idx` is traced.
+        wanted; needed by 'blocked' where `tok_idx` is traced.
 
     Returns:
       An `AtomFeatureEncoderOutput`; floats in the dtype of `s_input`, `p_skip`
@@ -239,7 +193,6 @@ class AtomFeatureEncoder(hk.Module):
     )
     checks.check_dtypes('integer', ref_space_uid=ref_space_uid, tok_idx=tok_idx)
     checks.check_dtypes('bool', atom_mask=atom_mask)
-    blocks_lib.check_heads(config.c_atom, config.num_head)
     n_atom, n_token = dims['n_atom'], dims['n_token']
     group = n_atom // max(n_token, 1)
     if not group or n_atom % group:
@@ -248,6 +201,14 @@ class AtomFeatureEncoder(hk.Module):
         f"(n_token={n_token} from 's_input'), which must be at least 1 and "
         f'divide n_atom, got n_atom={n_atom}'
       )
+    n_element, c_token, c_z = (
+      dims[name] for name in ('n_element', 'c_token', 'c_z')
+    )
+    table = _encoder_parameters(config, group * (3 + n_element), c_token, c_z)
+    params = pm.haiku_parameters(table, hm.parameter_dtype(s_input))
+    linear = functools.partial(functional.linear, params)
+    # Coordinates must not pass through TF32 or bfloat16 units.
+    exact = functools.partial(linear, precision='highest')
     tok_idx = _check_tokens(tok_idx, n_token)
     tok = tok_idx[0] if batch else tok_idx
     dtype = s_input.dtype
@@ -256,7 +217,8 @@ class AtomFeatureEncoder(hk.Module):
     ref_space_uid = jnp.asarray(ref_space_uid)
     count: Any = n_atom
     if atom_mask is not None:
-      real = jnp.asarray(atom_mask)[..., None]
+      atom_mask = jnp.asarray(atom_mask)
+      real = atom_mask[..., None]
       ref_pos, ref_element, r_scaled = (
         jnp.where(real, x, 0) for x in (ref_pos, ref_element, r_scaled)
       )
@@ -270,43 +232,43 @@ class AtomFeatureEncoder(hk.Module):
       [x.reshape(*batch, n_atom // group, -1) for x in (ref_pos, ref_element)],
       -1,
     )
-    c_group = blocks_lib.exact_linear('proj_fref_c', config.c_atom)(features)
+    c_group = exact('proj_fref_c', features)
     c_skip = to_atoms(c_group)
 
     # Steps 5 to 11, in factors. Only differences of positions matter, so that
     # the centre is taken out: exact far from the origin.
     centre = jnp.sum(ref_pos, -2, keepdims=True) / count
     ref_pos = ref_pos - jax.lax.stop_gradient(centre)
-    position = blocks_lib.exact_linear('proj_d_vec', config.c_pair)(ref_pos)
+    position = exact('proj_d_vec', ref_pos)
     hidden = jax.nn.relu(c_group)
-    own = LinearNoBias(config.c_pair, name='proj_cl_pair')(hidden)
-    other = LinearNoBias(config.c_pair, name='proj_cm_pair')(hidden)
+    own, other = (linear(f'proj_{x}_pair', hidden) for x in ('cl', 'cm'))
     constant, inverse_square = (
-      blocks_lib.linear_weights(name, 1, config.c_pair, hidden.dtype)[0]
-      for name in ('proj_v', 'proj_inv_sq')
+      params[name]['weights'][0] for name in ('proj_v', 'proj_inv_sq')
     )
-    skip = residue_windows.PairSkip(
+    skip: PairSkip | jax.Array = PairSkip(
       query=to_atoms(own) + position + constant,
       key=to_atoms(other) - position,
       position=ref_pos,
       space_uid=ref_space_uid,
       inverse_square=inverse_square,
-      atom_mask=None if atom_mask is None else jnp.asarray(atom_mask),
+      atom_mask=atom_mask,
     )
 
     # Steps 12 and 13; c is the same for all atoms of a residue.
-    q = c_skip + blocks_lib.exact_linear('proj_r_scaled', config.c_atom)(
-      r_scaled
-    )
-    single = hm.LayerNorm(name='norm_s_init')(s_input)
-    single = LinearNoBias(config.c_atom, name='proj_s_init')(single)
+    q = c_skip + exact('proj_r_scaled', r_scaled)
+    single = functional.layer_norm(params, 'norm_s_init', s_input)
+    single = linear('proj_s_init', single)
     c_token = c_group[..., :n_token, :].astype(dtype) + single
 
     # Steps 14 to 16.
-    neighbours = _neighbours(config, tok, plan, config.max_neighbours)
-    if not isinstance(neighbours, neighbour_plan.NeighbourPlan):
+    neighbours = atom_blocks.neighbours_of(
+      config, tok, plan, config.max_neighbours
+    )
+    if not isinstance(neighbours, NeighbourPlan):
       skip = skip.dense(*neighbours)
-    q, _ = _transform_atoms(
+    q, _ = atom_blocks.transform_atoms(
+      params,
+      _ENCODER_NAMES,
       config,
       neighbours,
       q.astype(dtype),
@@ -314,14 +276,12 @@ class AtomFeatureEncoder(hk.Module):
       skip,
       z_input,
       tok,
-      names=('norm_z_init', 'proj_z_init'),
-      context_idx=tok,
       space_uid=ref_space_uid,
       atom_mask=atom_mask,
     )
 
     # Step 17, the one that reads every item's own indices.
-    pooled = jax.nn.relu(LinearNoBias(config.c_out, name='proj_agg')(q))
+    pooled = jax.nn.relu(linear('proj_agg', q))
 
     def pool(values, ids, mask):
       return segment.segment_mean(values, ids, n_token, mask=mask)
@@ -332,6 +292,27 @@ class AtomFeatureEncoder(hk.Module):
     return AtomFeatureEncoderOutput(
       s_i, q, c_skip.astype(dtype), skip, to_atoms(c_token)
     )
+
+
+def _encoder_parameters(
+  config: AtomFeatureEncoderConfig, num_feature: int, c_token: int, c_z: int
+) -> pm.Table:
+  """Of the encoder; `num_feature` is that of all atoms of a residue."""
+  linear, names = atom_blocks.linear_parameters, _ENCODER_NAMES
+  c_atom, c_pair = config.c_atom, config.c_pair
+  return {
+    'proj_fref_c': linear(num_feature, c_atom),
+    'proj_d_vec': linear(3, c_pair),
+    'proj_cl_pair': linear(c_atom, c_pair),
+    'proj_cm_pair': linear(c_atom, c_pair),
+    'proj_v': linear(1, c_pair),
+    'proj_inv_sq': linear(1, c_pair),
+    'proj_r_scaled': linear(3, c_atom),
+    'norm_s_init': atom_blocks.layer_norm_parameters(c_token),
+    'proj_s_init': linear(c_token, c_atom),
+    **atom_blocks.atoms_parameters(names, c_atom, c_pair, c_z, config),
+    'proj_agg': linear(c_atom, config.c_out),
+  }
 
 
 class AtomAttentionDecoderOutput(NamedTuple):
@@ -385,7 +366,7 @@ class AtomAttentionDecoder(hk.Module):
   def __call__(
     self,
     q_skip: jax.Array,
-    p_skip: residue_windows.PairSkip | jax.Array,
+    p_skip: PairSkip | jax.Array,
     c_skip: jax.Array,
     c: jax.Array,
     s: jax.Array,
@@ -393,7 +374,7 @@ class AtomAttentionDecoder(hk.Module):
     tok_idx: Any,
     atom_mask: jax.Array | None = None,
     *,
-    plan: neighbour_plan.NeighbourPlan | None = None,
+    plan: NeighbourPlan | None = None,
     return_pair: bool | None = None,
   ) -> AtomAttentionDecoderOutput:
     """Returns atoms, pairs, the update of positions, and the next context.
@@ -425,7 +406,7 @@ class AtomAttentionDecoder(hk.Module):
     config = self.config
     batch = np.shape(q_skip)[:-2][:1]
     lead = 'n_batch ' if batch else ''
-    separable = isinstance(p_skip, residue_windows.PairSkip)
+    separable = isinstance(p_skip, PairSkip)
     skips = {'p_skip': (p_skip, f'{lead}n_atom n_nbr c_pair')}
     if separable:
       skips = {
@@ -436,7 +417,7 @@ class AtomAttentionDecoder(hk.Module):
         'p_skip.inverse_square': (p_skip.inverse_square, 'c_pair'),
         'p_skip.atom_mask': (p_skip.atom_mask, f'{lead}n_atom'),
       }
-    n_token = checks.check_shapes(
+    dims = checks.check_shapes(
       q_skip=(q_skip, f'{lead}n_atom c_atom'),
       **skips,
       c_skip=(c_skip, f'{lead}n_atom c_atom'),
@@ -445,7 +426,7 @@ class AtomAttentionDecoder(hk.Module):
       z=(z, f'{lead}n_token n_token c_z'),
       tok_idx=(tok_idx, f'{lead}n_atom'),
       atom_mask=(atom_mask, f'{lead}n_atom'),
-    )['n_token']
+    )
     checks.check_dtypes(
       'floating',
       q_skip=q_skip,
@@ -457,29 +438,31 @@ class AtomAttentionDecoder(hk.Module):
     )
     checks.check_dtypes('integer', tok_idx=tok_idx)
     checks.check_dtypes('bool', atom_mask=atom_mask)
-    c_atom = np.shape(q_skip)[-1]
-    blocks_lib.check_heads(c_atom, config.num_head)
-    tok_idx = _check_tokens(tok_idx, n_token)
+    table = _decoder_parameters(config, dims)
+    params = pm.haiku_parameters(table, hm.parameter_dtype(q_skip))
+    tok_idx = _check_tokens(tok_idx, dims['n_token'])
     tok = tok_idx[0] if batch else tok_idx
+    if atom_mask is not None:
+      atom_mask = jnp.asarray(atom_mask)
     if return_pair is None:
       return_pair = not separable
 
     def from_single(norm: str, projection: str) -> jax.Array:
-      tokens = hm.LayerNorm(name=norm)(s)
-      tokens = LinearNoBias(c_atom, name=projection)(tokens)
+      tokens = functional.layer_norm(params, norm, s)
+      tokens = functional.linear(params, projection, tokens)
       return jnp.take(tokens, tok, axis=-2, mode='clip').astype(q_skip.dtype)
 
     # Step 1.
     q = from_single('norm_s_q', 'proj_s_q') + q_skip
 
     # Steps 2 to 4.
-    max_neighbours = config.max_neighbours
-    if not separable:
-      max_neighbours = np.shape(p_skip)[-2]
-    neighbours = _neighbours(config, tok, plan, max_neighbours)
-    if separable and not isinstance(neighbours, neighbour_plan.NeighbourPlan):
+    max_neighbours = config.max_neighbours if separable else dims['n_nbr']
+    neighbours = atom_blocks.neighbours_of(config, tok, plan, max_neighbours)
+    if separable and not isinstance(neighbours, NeighbourPlan):
       p_skip = p_skip.dense(*neighbours)
-    q, p = _transform_atoms(
+    q, p = atom_blocks.transform_atoms(
+      params,
+      _DECODER_NAMES,
       config,
       neighbours,
       q,
@@ -487,20 +470,40 @@ class AtomAttentionDecoder(hk.Module):
       p_skip,
       z,
       tok,
-      names=('norm_z', 'proj_z'),
       atom_mask=atom_mask,
       return_pair=return_pair,
     )
 
-    # Step 5.
-    r_update = numerics.at_least_float32(hm.LayerNorm(name='norm_q_out')(q))
-    r_update = blocks_lib.exact_linear('proj_r', 3)(r_update)
+    # Step 5. Coordinates must not pass through TF32 or bfloat16 units.
+    r_update = functional.layer_norm(params, 'norm_q_out', q)
+    r_update = functional.linear(
+      params, 'proj_r', numerics.at_least_float32(r_update), 'highest'
+    )
     if atom_mask is not None:
-      r_update = jnp.where(jnp.asarray(atom_mask)[..., None], r_update, 0)
+      r_update = jnp.where(atom_mask[..., None], r_update, 0)
 
     # Step 6.
     c_out = from_single('norm_s_c', 'proj_s_c') + c_skip
     return AtomAttentionDecoderOutput(q, p, r_update, c_out)
+
+
+def _decoder_parameters(
+  config: AtomAttentionDecoderConfig, dims: Mapping[str, int]
+) -> pm.Table:
+  """Of the decoder."""
+  linear = atom_blocks.linear_parameters
+  norm = atom_blocks.layer_norm_parameters
+  c_atom, c_pair, c_token = (dims[f'c_{x}'] for x in ('atom', 'pair', 'token'))
+  names, c_z = _DECODER_NAMES, dims['c_z']
+  return {
+    'norm_s_q': norm(c_token),
+    'proj_s_q': linear(c_token, c_atom),
+    **atom_blocks.atoms_parameters(names, c_atom, c_pair, c_z, config),
+    'norm_q_out': norm(c_atom),
+    'proj_r': linear(c_atom, 3),
+    'norm_s_c': norm(c_token),
+    'proj_s_c': linear(c_token, c_atom),
+  }
 
 
 def transform_atom_feature_encoder(
@@ -508,6 +511,7 @@ def transform_atom_feature_encoder(
 ) -> hk.Transformed:
   """Pure functions of the encoder.
 
+    >>> from structattn_jax.network.pallatom import plan_neighbours
     >>> config = AtomFeatureEncoderConfig(c_atom=8, c_pair=4, c_out=6)
     >>> init, apply = transform_atom_feature_encoder(config)
     >>> tok_idx = np.repeat(np.arange(6), 5)
@@ -518,7 +522,7 @@ def transform_atom_feature_encoder(
     ...   's_input': jnp.ones((6, 8)),
     ...   'z_input': jnp.ones((6, 6, 8)),
     ...   'r_scaled': jnp.ones((30, 3)),
-    ...   'plan': neighbour_plan.plan_neighbours(tok_idx),
+    ...   'plan': plan_neighbours(tok_idx),
     ... }
     >>> params = init(jax.random.key(0), **inputs, tok_idx=tok_idx)
     >>> out = jax.jit(apply)(params, **inputs, tok_idx=tok_idx)
@@ -545,6 +549,7 @@ def transform_atom_attention_decoder(
 ) -> hk.Transformed:
   """Pure functions of the decoder.
 
+    >>> from structattn_jax.network.pallatom import build_sparse_pairs
     >>> init, apply = transform_atom_attention_decoder()
     >>> tok_idx = np.repeat(np.arange(6), 5)
     >>> neighbours, valid = build_sparse_pairs(tok_idx)
@@ -577,10 +582,6 @@ def transform_atom_attention_decoder(
   return hk.without_apply_rng(hk.transform(forward))
 
 
-_Config = AtomFeatureEncoderConfig | AtomAttentionDecoderConfig
-_Neighbours = neighbour_plan.NeighbourPlan | tuple[Any, Any]
-
-
 def _check_tokens(tok_idx: Any, n_token: int) -> Any:
   """Checks indices where that is possible; int32 on the host or traced."""
   if not checks.is_concrete(tok_idx):
@@ -588,185 +589,3 @@ def _check_tokens(tok_idx: Any, n_token: int) -> Any:
   tok_idx = np.asarray(tok_idx)
   checks.validate_segment_ids(tok_idx.reshape(-1), n_token, name='tok_idx')
   return tok_idx.astype(np.int32)
-
-
-def _neighbours(
-  config: _Config,
-  tok: Any,
-  plan: neighbour_plan.NeighbourPlan | None,
-  max_neighbours: int | None,
-) -> _Neighbours:
-  """The given plan, one made here, or upstream's index lists."""
-  implementation = config.implementation
-  if plan is not None:
-    if implementation == 'dense':
-      raise ValueError("plan: expected none with implementation='dense'")
-    if np.shape(plan.row) != np.shape(tok):
-      raise ValueError(
-        f'plan: made for {np.size(plan.row)} atoms, but tok_idx has '
-        f'{np.size(tok)}'
-      )
-    return plan
-  if checks.is_concrete(tok):
-    if implementation is None and np.any(np.diff(tok) < 0):
-      implementation = 'dense'
-    if implementation != 'dense':
-      return neighbour_plan.plan_neighbours(tok, config.window_size)
-  elif implementation == 'lean':
-    raise ValueError(
-      "plan: needed by implementation='lean' where tok_idx is traced; make it "
-      'on the host with plan_neighbours(tok_idx, window_size)'
-    )
-  elif max_neighbours is None:
-    raise ValueError(
-      'plan: needed where tok_idx is traced; make it on the host with '
-      'plan_neighbours(tok_idx, window_size), or set max_neighbours in the '
-      'config'
-    )
-  return build_sparse_pairs(
-    tok, config.window_size, max_neighbours=max_neighbours
-  )
-
-
-def _transform_atoms(
-  config: _Config,
-  neighbours: _Neighbours,
-  q: jax.Array,
-  c: jax.Array,
-  p_skip: residue_windows.PairSkip | jax.Array,
-  z: jax.Array,
-  tok: Any,
-  *,
-  names: tuple[str, str],
-  context_idx: Any = None,
-  space_uid: jax.Array | None = None,
-  atom_mask: jax.Array | None = None,
-  return_pair: bool = False,
-) -> tuple[jax.Array, jax.Array | None]:
-  """Adds z and the MLP to p_skip and runs the transformer.
-
-  Encoder steps 14 to 16, decoder steps 2 to 4. `c` has rows of atoms, or those
-  that `context_idx` assigns to them. A `space_uid` confines attention.
-  """
-  if atom_mask is not None:
-    atom_mask = jnp.asarray(atom_mask)
-  if isinstance(neighbours, neighbour_plan.NeighbourPlan):
-    q, p = _lean_transform(
-      config,
-      neighbours,
-      (q, c, p_skip, z, atom_mask),
-      names=names,
-      context_idx=context_idx,
-      within_space=space_uid is not None,
-      return_pair=return_pair,
-    )
-  else:
-    if context_idx is not None:
-      c = jnp.take(c, context_idx, axis=-2, mode='clip')
-    q, p = _dense_transform(
-      config, neighbours, q, c, p_skip, z, tok, names, space_uid, atom_mask
-    )
-    p = p if return_pair else None
-  if atom_mask is not None:
-    q = jnp.where(atom_mask[..., None], q, 0)
-  return q, p
-
-
-def _dense_transform(
-  config: _Config,
-  neighbours: tuple[Any, Any],
-  q: jax.Array,
-  c: jax.Array,
-  p_skip: Any,
-  z: jax.Array,
-  tok: Any,
-  names: tuple[str, str],
-  space_uid: jax.Array | None,
-  atom_mask: jax.Array | None,
-) -> tuple[jax.Array, jax.Array]:
-  """Upstream's form, on tensors [n_atom, n_nbr, c_pair]."""
-  tok, neighbor_idx, live = map(jnp.asarray, (tok, *neighbours))
-  p_skip = numerics.at_least_float32(p_skip)
-  c_pair = p_skip.shape[-1]
-  if atom_mask is not None:
-    live &= atom_mask[..., :, None] & atom_mask[..., neighbor_idx]
-
-  # z is normalised and projected per pair of tokens, then expanded.
-  pair = hm.LayerNorm(name=names[0])(numerics.at_least_float32(z))
-  pair = LinearNoBias(c_pair, name=names[1])(pair)
-  p = p_skip + pair[..., tok[:, None], tok[neighbor_idx], :]
-  hidden = p
-  for layer in _MLP_LAYERS:
-    hidden = jax.nn.relu(hidden) if layer else hidden
-    hidden = LinearNoBias(c_pair, name=f'mlp_p_{layer}')(hidden)
-  p = jnp.where(live[..., None], p + hidden, 0)
-
-  if space_uid is not None:
-    live &= space_uid[..., :, None] == space_uid[..., neighbor_idx]
-  live = jnp.broadcast_to(live, p.shape[:-1])
-  transformer: Callable[..., jax.Array] = AtomTransformer(
-    AtomTransformerConfig(num_block=config.num_block, num_head=config.num_head),
-    name='transformer',
-  )
-  if q.ndim == 3:
-    transformer = hk.vmap(
-      transformer, in_axes=(0, 0, 0, None, 0), split_rng=False
-    )
-  return transformer(q, c, p, neighbor_idx, live), p
-
-
-def _lean_transform(
-  config: _Config,
-  plan: neighbour_plan.NeighbourPlan,
-  arrays: tuple[Any, ...],
-  *,
-  names: tuple[str, str],
-  **options: Any,
-) -> tuple[jax.Array, jax.Array | None]:
-  """The windowed form; reads the same parameters and runs item by item."""
-  q, _, p_skip, z, _ = arrays
-  c_atom, c_z, dtype = q.shape[-1], z.shape[-1], hm.parameter_dtype(q)
-  if isinstance(p_skip, residue_windows.PairSkip):
-    c_pair = p_skip.key.shape[-1]
-  else:
-    c_pair = np.shape(p_skip)[-1]
-  weights = residue_windows.PairWeights(
-    norm_z=blocks_lib.norm_weights(names[0], c_z, dtype),
-    proj_z=blocks_lib.linear_weights(names[1], c_z, c_pair, dtype),
-    mlp=tuple(
-      blocks_lib.linear_weights(f'mlp_p_{layer}', c_pair, c_pair, dtype)
-      for layer in _MLP_LAYERS
-    ),
-  )
-  transformer = AtomTransformer(
-    AtomTransformerConfig(num_block=config.num_block, num_head=config.num_head),
-    name='transformer',
-  )
-  blocks = transformer.weights(c_atom, c_pair, dtype)
-
-  def one(arrays: tuple[Any, ...]) -> tuple[jax.Array, jax.Array | None]:
-    q, c, p_skip, z, atom_mask = arrays
-    return residue_windows.transform(
-      plan,
-      blocks,
-      weights,
-      q,
-      c,
-      p_skip,
-      z,
-      num_head=config.num_head,
-      atom_mask=atom_mask,
-      **options,
-    )
-
-  if q.ndim == 2:
-    return one(arrays)
-  if isinstance(p_skip, residue_windows.PairSkip):
-    shared = p_skip.inverse_square
-    shared = jnp.broadcast_to(shared, (len(q), *shared.shape))
-    p_skip = dataclasses.replace(p_skip, inverse_square=shared)
-    arrays = (*arrays[:2], p_skip, *arrays[3:])
-  # One after the other keeps a block in the cache of a CPU.
-  if jax.default_backend() == 'cpu':
-    return jax.lax.map(one, arrays)
-  return jax.vmap(one)(arrays)

@@ -1,8 +1,11 @@
-"""Windows of neighbouring atoms for blocks of query atoms, made on the host.
+"""Which atoms are neighbours: upstream's lists, and windows made on the host.
+
+Two atoms are neighbours if their residues are less than half a window apart.
+`build_sparse_pairs` lists them for every atom (seed document 002).
 
 Atoms sorted by token whose window is a range of tokens have neighbours that are
 a range of atoms; so have blocks of consecutive atoms. A plan says where the
-blocks and their windows start. `kernels/residue_windows.py` works through it.
+blocks and their windows start; `residue_windows` works through it.
 """
 
 import bisect
@@ -11,14 +14,124 @@ import functools
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from structattn_jax.common import checks
+
+WINDOW_SIZE = 32
 
 # Query atoms per step: two tokens, within these bounds. On CPU the pair tensor
 # of a block then stays in cache; accelerators want more work per step (not
 # measured).
 _CPU_BLOCK, _ACCELERATOR_BLOCK = (16, 32), (64, 64)
+
+
+def build_sparse_pairs(
+  tok_idx: Any,
+  window_size: int = WINDOW_SIZE,
+  *,
+  max_neighbours: int | None = None,
+) -> tuple[Any, Any]:
+  """Lists for every atom the atoms in its window of residues.
+
+  m is a neighbour of l if |tok_idx[l] - tok_idx[m]| < window_size // 2. Rows
+  ascend in atom index; padding slots hold n_atom - 1 and are masked. Sorting
+  and two searches, O(n log n + n k), instead of upstream's n x n comparison.
+
+    >>> neighbours, valid = build_sparse_pairs(np.array([0, 0, 5, 6]), 4)
+    >>> neighbours.tolist(), valid.tolist()
+    ([[0, 1], [0, 1], [2, 3], [2, 3]], [[True, True], [True, True], \
+[True, True], [True, True]])
+
+  Args:
+    tok_idx: [n_atom] integer, the residue of each atom; any order, gaps and
+      offsets allowed.
+    window_size: static span of the window in residues; 0 and 1 give no
+      neighbours at all, 2 and 3 the own residue only.
+    max_neighbours: static number of slots. None takes the largest number that
+      any atom has, which needs concrete `tok_idx`; under jit give
+      `required_neighbours(tok_idx, window_size)` or more.
+
+  Returns:
+    neighbor_idx [n_atom, n_nbr] and valid_mask [n_atom, n_nbr] bool. Concrete
+    `tok_idx`: NumPy arrays, indices int64, exactly upstream's. Traced: JAX
+    arrays, indices int32.
+
+  Raises:
+    ValueError: if `tok_idx` is not a vector, if `max_neighbours` is missing
+      under jit or too small (the message says the number needed), or if
+      `window_size` is negative. A compiled function raises `JaxRuntimeError`
+      with the same message when it meets an index that needs more.
+    TypeError: if `tok_idx` does not hold integers.
+  """
+  checks.check_shapes(tok_idx=(tok_idx, 'n_atom'))
+  checks.check_dtypes('integer', tok_idx=tok_idx)
+  if window_size < 0:
+    raise ValueError(f'window_size: expected at least 0, got {window_size}')
+  concrete = checks.is_concrete(tok_idx)
+  if max_neighbours is None and not concrete:
+    raise ValueError(
+      'max_neighbours: required under jit; compute it on the host with '
+      'required_neighbours(tok_idx, window_size)'
+    )
+  # The same lines on the host and under jit.
+  xp: Any = np if concrete else jnp
+  tok_idx = xp.asarray(tok_idx)
+  n_atom, half = tok_idx.shape[0], window_size // 2
+  order = xp.argsort(tok_idx, stable=True)
+  ordered = tok_idx[order]
+  low = xp.searchsorted(ordered, tok_idx - half, side='right')
+  high = xp.searchsorted(ordered, tok_idx + half, side='left')
+  needed = xp.maximum(high - low, 0).max(initial=0)
+  if concrete:
+    max_neighbours = int(needed) if max_neighbours is None else max_neighbours
+    _check_neighbours(needed, max_neighbours)
+  else:
+    jax.lax.cond(
+      needed > max_neighbours,
+      lambda: jax.debug.callback(_check_neighbours, needed, max_neighbours),
+      lambda: None,
+    )
+  slots = low[:, None] + xp.arange(max_neighbours)
+  valid = slots < high[:, None]
+
+  def unsorted_rows():
+    # Atoms of a window are contiguous once sorted by residue; sorting the row
+    # restores ascending atom indices.
+    rows = order[xp.clip(slots, 0, max(n_atom - 1, 0))]
+    return xp.sort(xp.where(valid, rows, n_atom), -1).astype(slots.dtype)
+
+  is_sorted = (ordered == tok_idx).all()
+  if concrete:
+    neighbours = slots if is_sorted else unsorted_rows()
+  else:
+    neighbours = jax.lax.cond(is_sorted, lambda: slots, unsorted_rows)
+  return xp.where(valid, neighbours, n_atom - 1), valid
+
+
+def _check_neighbours(needed: Any, max_neighbours: Any) -> None:
+  if needed > max_neighbours:
+    raise ValueError(
+      f'max_neighbours: {max_neighbours} is too small, an atom has {needed} '
+      f'neighbours; give max_neighbours={needed}'
+    )
+
+
+def required_neighbours(tok_idx: Any, window_size: int = WINDOW_SIZE) -> int:
+  """Largest number of neighbours of any atom, computed on the host.
+
+  Args:
+    tok_idx: [n_atom] integer, concrete.
+    window_size: span of the window in residues.
+
+  Returns:
+    The smallest number that `max_neighbours` may be.
+  """
+  ordered, half = np.sort(np.asarray(tok_idx)), window_size // 2
+  low = np.searchsorted(ordered, ordered - half, side='right')
+  high = np.searchsorted(ordered, ordered + half, side='left')
+  return max(int((high - low).max(initial=0)), 0)
 
 
 class PlanSizes(NamedTuple):
@@ -94,7 +207,7 @@ class NeighbourPlan:
 
 def plan_neighbours(
   tok_idx: Any,
-  window_size: int = 32,
+  window_size: int = WINDOW_SIZE,
   *,
   query_block: int | None = None,
   sizes: PlanSizes | None = None,

@@ -1,7 +1,7 @@
 """All blocks of an atom transformer for one block of query atoms at a time.
 
-The core of `network/pallatom_atom_transformers.py`. Atoms are sorted by token,
-so the neighbours of a block of consecutive query atoms are one contiguous
+The 'blocked' implementation of `atom_blocks`. Atoms are sorted by token, so the
+neighbours of a block of consecutive query atoms are one contiguous
 window of key atoms: no index lists and no gathers. Keys and values do not
 depend on the queries, so one loop step can build the pair tensor of its block,
 derive the attention biases of all transformer blocks from it, run them, and
@@ -22,16 +22,19 @@ pair z; T transformer blocks, H heads of D channels; c atom, d pair channels.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from structattn_jax.common import numerics
+from structattn_jax.components import parameters as pm
+from structattn_jax.components.parameters import Params
 from structattn_jax.network.pallatom.neighbour_plan import NeighbourPlan
 
-_EPSILON = 1e-5  # Of all LayerNorms.
+# Layers of the MLP of pairs; upstream's numbers count the ReLUs between them.
+MLP = ('mlp_p_0', 'mlp_p_2', 'mlp_p_4', 'mlp_p_6')
 _DEAD = -1e30  # Logit of a slot that is no neighbour; its weight is exactly 0.
 
 
@@ -85,46 +88,16 @@ class PairSkip:
     return jnp.where(live[..., None], p, 0)
 
 
-class Norm(NamedTuple):
-  """Parameters of a LayerNorm, [c] each."""
-
-  scale: jax.Array
-  offset: jax.Array
-
-
-class BlockWeights(NamedTuple):
-  """Parameters of one transformer block, matrices [in, out]."""
-
-  norm_q: Norm
-  norm_c: Norm
-  norm_pair: Norm
-  norm_ff: Norm
-  to_q: jax.Array
-  to_k: jax.Array
-  to_v: jax.Array
-  to_out: jax.Array
-  pair_bias: jax.Array
-  ff1: jax.Array
-  ff2: jax.Array
-
-
-class PairWeights(NamedTuple):
-  """Parameters that make the pair tensor, matrices [in, out]."""
-
-  norm_z: Norm
-  proj_z: jax.Array
-  mlp: Sequence[jax.Array]
-
-
 def transform(
   plan: NeighbourPlan,
-  blocks: Sequence[BlockWeights],
-  pair: PairWeights,
+  params: Params,
+  names: tuple[str, str],
   q: jax.Array,
   context: jax.Array,
   skip: PairSkip | jax.Array,
   z: jax.Array,
   *,
+  num_block: int,
   num_head: int,
   context_idx: Any = None,
   atom_mask: jax.Array | None = None,
@@ -137,14 +110,15 @@ def transform(
 
   Args:
     plan: windows of the atoms.
-    blocks: parameters of the transformer blocks.
-    pair: parameters of the pair stage.
+    params: of the encoder or the decoder.
+    names: in it, of the LayerNorm of z and of its projection.
     q: [n_atom, c] float, atom queries.
     context: [n, c] float, source of keys and values: atoms, or rows that
       `context_idx` assigns to atoms.
     skip: the separable p_skip, or [n_atom, n_nbr, d] float with the slots of
       `build_sparse_pairs`.
     z: [n_token, n_token, c_z] float.
+    num_block: transformer blocks.
     num_head: heads.
     context_idx: [n_atom] integer, rows of `context`; None if they are atoms.
     atom_mask: [n_atom] bool, False = no key and no pair; None means all real.
@@ -160,6 +134,9 @@ def transform(
     ValueError: if `z` or `skip` is smaller than the plan needs.
   """
   sizes, dtype = plan.sizes, q.dtype
+  blocks = [
+    pm.below(params, f'transformer/blocks_{i}/') for i in range(num_block)
+  ]
   n_token = max(sizes.n_query_token, sizes.n_key_token)
   if z.shape[0] < n_token:
     raise ValueError(
@@ -181,7 +158,9 @@ def transform(
     keys = jnp.take(keys, context_idx, axis=-1, mode='clip')
     values = jnp.take(values, context_idx, axis=-2, mode='clip')
   layers = [_layer(block, num_head) for block in blocks]
-  stage = _pair_stage(blocks, pair, sizes.n_query, centred=not return_pair)
+  norm, projection = params[names[0]], params[names[1]]['weights']
+  mlp = [params[name]['weights'] for name in MLP]
+  stage = _pair_stage(blocks, mlp, sizes.n_query, centred=not return_pair)
   # Atoms last: windows are slices of long rows.
   skip_key: Any = None
   position: Any = None
@@ -222,7 +201,7 @@ def transform(
       p = jnp.take_along_axis(jnp.swapaxes(rows(skip), 1, 2), taken, 2)
       p = jnp.where(live[:, None], p, 0)
 
-    p += _token_pair(pair, z, block)
+    p += _token_pair(norm, projection, z, block)
     p, numerator, rstd = _biases(stage, p, centred=not return_pair)
     x = _run_layers(
       layers,
@@ -282,7 +261,10 @@ def _separable_pair(
 
 
 def _token_pair(
-  pair: PairWeights, z: jax.Array, block: NeighbourPlan
+  norm: Mapping[str, jax.Array],
+  projection: jax.Array,
+  z: jax.Array,
+  block: NeighbourPlan,
 ) -> jax.Array:
   """Projected z of a block, [n_query, d, n_key].
 
@@ -295,12 +277,16 @@ def _token_pair(
     (block.query_token_start, block.key_token_start, jnp.int32(0)),
     (sizes.n_query_token, sizes.n_key_token, z.shape[-1]),
   )
-  scale, offset = pair.norm_z
-  projected = numerics.layer_norm(rectangle) @ (scale[:, None] * pair.proj_z)
-  projected += offset @ pair.proj_z
+  projected = numerics.layer_norm(rectangle) @ _scaled(norm, projection)
+  projected += norm['offset'] @ projection
   tokens = jnp.arange(sizes.n_key_token)[:, None]
   one_hot = (tokens == block.key_token).astype(projected.dtype)
   return jnp.einsum('qtd,tk->qdk', projected, one_hot)[block.query_token]
+
+
+def _scaled(norm: Mapping[str, jax.Array], weights: jax.Array) -> jax.Array:
+  """A matrix [in, out] with the scale of the LayerNorm before it."""
+  return norm['scale'][:, None] * weights
 
 
 class _Matrix(NamedTuple):
@@ -324,8 +310,8 @@ class _PairStage(NamedTuple):
 
 
 def _pair_stage(
-  blocks: Sequence[BlockWeights],
-  pair: PairWeights,
+  blocks: Sequence[Params],
+  mlp: Sequence[jax.Array],
   n_query: int,
   *,
   centred: bool,
@@ -336,12 +322,14 @@ def _pair_stage(
   matrices on the residual path and at the end centre it, which costs nothing.
   `norm_pair.offset` adds the same to all logits of a row and is left out.
   """
-  first, *middle, last = (w.T for w in pair.mlp)
+  first, *middle, last = (w.T for w in mlp)
   residual = jnp.eye(len(first), dtype=first.dtype)
   if centred:
     residual -= jnp.mean(residual, 0)
     last = last - jnp.mean(last, 0)
-  biases = [(b.norm_pair.scale[:, None] * b.pair_bias).T for b in blocks]
+  biases = [
+    _scaled(own['norm_pair'], own['pair_bias']['weights']).T for own in blocks
+  ]
 
   def matrix(values: jax.Array) -> _Matrix:
     repeated = jnp.broadcast_to(values, (n_query, *values.shape))
@@ -380,7 +368,8 @@ def _biases(
     hidden = _row_product(matrix, jax.nn.relu(hidden))
   p = residual + hidden
   deviation = p if centred else p - jnp.mean(p, 1, keepdims=True)
-  rstd = jax.lax.rsqrt(jnp.mean(jnp.square(deviation), 1) + _EPSILON)
+  variance = jnp.mean(jnp.square(deviation), 1)
+  rstd = jax.lax.rsqrt(variance + numerics.LAYER_NORM_EPSILON)
   return p, _row_product(stage.bias, deviation), rstd
 
 
@@ -395,36 +384,40 @@ class _Layer(NamedTuple):
   ff2: _Matrix  # [4c, c]
 
 
-def _layer(block: BlockWeights, num_head: int) -> _Layer:
+def _layer(block: Params, num_head: int) -> _Layer:
   def matrix(values: jax.Array) -> _Matrix:
     return _Matrix(values, jax.lax.stop_gradient(values.T))
 
-  to_q = block.to_q * (block.to_q.shape[1] // num_head) ** -0.5
+  norm_q, norm_ff = block['norm_q'], block['norm_ff']
+  to_q, to_out, ff1, ff2 = (
+    block[name]['weights'] for name in ('to_q', 'to_out', 'ff1', 'ff2')
+  )
+  to_q = to_q * (to_q.shape[1] // num_head) ** -0.5
   return _Layer(
-    matrix(block.norm_q.scale[:, None] * to_q),
-    block.norm_q.offset @ to_q,
-    matrix(block.to_out),
-    matrix(block.norm_ff.scale[:, None] * block.ff1),
-    block.norm_ff.offset @ block.ff1,
-    matrix(block.ff2),
+    matrix(_scaled(norm_q, to_q)),
+    norm_q['offset'] @ to_q,
+    matrix(to_out),
+    matrix(_scaled(norm_ff, ff1)),
+    norm_ff['offset'] @ ff1,
+    matrix(ff2),
   )
 
 
 def _keys_and_values(
-  blocks: Sequence[BlockWeights], context: jax.Array, num_head: int
+  blocks: Sequence[Params], context: jax.Array, num_head: int
 ) -> tuple[jax.Array, jax.Array]:
   """Keys [T H D, n] and values [T, H, n, D] of all blocks in two products."""
   context = numerics.layer_norm(context)
 
-  def fold(matrices: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    pairs = list(zip(blocks, matrices, strict=True))
-    weights = [b.norm_c.scale[:, None] * w for b, w in pairs]
-    biases = [b.norm_c.offset @ w for b, w in pairs]
+  def fold(name: str) -> tuple[jax.Array, jax.Array]:
+    pairs = [(own['norm_c'], own[name]['weights']) for own in blocks]
+    weights = [_scaled(norm, w) for norm, w in pairs]
+    biases = [norm['offset'] @ w for norm, w in pairs]
     return jnp.concatenate(weights, 1), jnp.concatenate(biases)
 
-  weights, bias = fold([b.to_k for b in blocks])
+  weights, bias = fold('to_k')
   keys = weights.T @ context.T + bias[:, None]
-  weights, bias = fold([b.to_v for b in blocks])
+  weights, bias = fold('to_v')
   values = context @ weights + bias
   values = values.reshape(len(context), len(blocks), num_head, -1)
   return keys, jnp.transpose(values, (1, 2, 0, 3))

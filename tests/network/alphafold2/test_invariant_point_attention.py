@@ -518,9 +518,8 @@ def test_pure_pair_bias_serves_many_calls(kind):
   init, apply = transformed()
   params = init(jax.random.key(0), pair=PAIRS[kind], **INPUTS)
   config = sa.alphafold2.InvariantPointAttentionConfig(num_head=3)
-  pair_bias = sa.alphafold2.transform_ipa_pair_bias(config).apply(
-    params, PAIRS[kind]
-  )
+  precompute = sa.alphafold2.cached_ipa(config).precompute
+  pair_bias = precompute(params, PAIRS[kind])
   assert pair_bias.shape == (13, 3, 13)
   got = apply(params, pair=PAIRS[kind], pair_bias=pair_bias, **INPUTS)
   assert_close(got, apply(params, pair=PAIRS[kind], **INPUTS))

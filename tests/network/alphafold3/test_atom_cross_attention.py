@@ -1,4 +1,4 @@
-"""AF3's atom encoder and decoder, the lean path and the published one."""
+"""AF3's atom encoder and decoder, blocked and as published."""
 
 import dataclasses
 import functools
@@ -14,8 +14,12 @@ import registry
 
 import structattn_jax as sa
 from structattn_jax.components import parameters as pm
-from structattn_jax.network.alphafold3 import atom_layout
+from structattn_jax.network.alphafold3 import atom_cross_attention as af3
+from structattn_jax.network.alphafold3 import atom_layout, window_plan
 from structattn_jax.network.alphafold3 import cached_atom_attention as aca
+from structattn_jax.network.alphafold3.dense_atom_attention import (
+  dense_atom_cross_att,
+)
 from structattn_jax.verification.golden import Golden
 
 GOLDENS = pathlib.Path(__file__).parents[2] / 'goldens'
@@ -28,9 +32,10 @@ FLOATS = (
   'decoder_token_act',
 )
 CASE = registry.CASES['af3_atom_encoder_decoder']
+CACHED = aca.cached_atom_cross_att()
 
 each_implementation = pytest.mark.parametrize(
-  'implementation', ['lean', 'published']
+  'implementation', ['blocked', 'published']
 )
 
 
@@ -67,31 +72,23 @@ def split(case: str, dtype: str = 'float64'):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def forward(config, name, params, batch, floats):
-  encoded = aca.atom_cross_att_encoder(
-    params,
-    batch,
-    *(floats.get(key) for key in FLOATS[:3]),
-    config=config,
-    name=name,
-    return_pair=True,
-  )
+def forward(config, prefix, params, batch, floats):
+  encode, decode = dense_atom_cross_att(config, prefix=prefix, return_pair=True)
+  encoded = encode(params, batch, *(floats.get(key) for key in FLOATS[:3]))
   found = {
     'token_act': encoded.token_act,
     'skip_connection': encoded.skip_connection,
     'queries_single_cond': encoded.queries_single_cond,
   }
   if FLOATS[3] in floats:
-    found['position_update'] = aca.atom_cross_att_decoder(
-      params, batch, floats[FLOATS[3]], encoded, config=config, name=name
-    )
+    found['position_update'] = decode(params, batch, floats[FLOATS[3]], encoded)
   return found
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def gradient(config, name, params, batch, floats):
+def gradient(config, prefix, params, batch, floats):
   def loss(params, floats):
-    found = forward(config, name, params, batch, floats)
+    found = forward(config, prefix, params, batch, floats)
     return sum(
       jnp.sum(jnp.sin(found[key])) for key in ('token_act', 'position_update')
     )
@@ -159,14 +156,14 @@ def test_golden_matches_in_float32(implementation):
     ('tiny_padded', {'uid_rule': 'corrected', 'padded_keys': 'masked'}),
   ],
 )
-def test_lean_gradients_equal_the_published_ones(case, quirks):
+def test_blocked_gradients_equal_the_published_ones(case, quirks):
   name, params, batch, floats = split(case)
-  lean, published = (
+  blocked, published = (
     sa.alphafold3.AtomCrossAttConfig(implementation=implementation, **quirks)
-    for implementation in ('lean', 'published')
+    for implementation in ('blocked', 'published')
   )
   with jax.enable_x64(True):
-    got = gradient(lean, name, params, batch, floats)
+    got = gradient(blocked, name, params, batch, floats)
     want = gradient(published, name, params, batch, floats)
     got, want = jax.tree.map(np.asarray, (got, want))
   for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
@@ -231,27 +228,22 @@ def native():
 
 @functools.partial(jax.jit, static_argnames=('config', 'cache_terms'))
 def precompute(params, plan, ref, floats, config=None, cache_terms=True):
-  return aca.precompute(
+  return aca.cached_atom_cross_att(config).precompute(
     params,
     plan,
     ref,
     floats['trunk_single_cond'],
     floats['trunk_pair_cond'],
-    config=config,
     cache_terms=cache_terms,
   )
 
 
 @functools.partial(jax.jit, static_argnames='config')
 def step(params, conditioning, positions, token_act, config=None):
-  encoding = aca.encode(params, conditioning, positions, config=config)
-  update = aca.decode(
-    params,
-    conditioning,
-    token_act,
-    encoding.skip_connection,
-    config=config,
-  )
+  cached = aca.cached_atom_cross_att(config)
+  encoding = cached.encode(params, conditioning, positions)
+  skip = encoding.skip_connection
+  update = cached.decode(params, conditioning, token_act, skip)
   return encoding.token_act, update
 
 
@@ -267,6 +259,20 @@ def test_cached_steps_equal_one_call(native, cache_terms):
   assert worst(token_act, arrays['outputs64/token_act']) < 2e-6
   dense = atom_layout.atoms_to_dense(plan, update)
   assert worst(dense, arrays['outputs64/position_update']) < 2e-6
+
+
+def test_functions_are_those_of_the_config_they_were_made_with(native):
+  params, plan, ref, _, floats = native
+  corrected = sa.alphafold3.AtomCrossAttConfig(uid_rule='corrected')
+  first, second = (
+    precompute(params, plan, ref, floats, config=config)
+    for config in (None, corrected)
+  )
+  assert not np.allclose(first.encoder.biases[0], second.encoder.biases[0])
+  published = sa.alphafold3.AtomCrossAttConfig(implementation='published')
+  for form in (aca.cached_atom_cross_att, aca.transform_atom_cross_att):
+    with pytest.raises(ValueError, match=r"implementation: .* got 'published'"):
+      form(published)
 
 
 def test_samples_share_an_unbatched_conditioning(native):
@@ -318,7 +324,7 @@ def test_larger_padding_and_garbage_in_it_change_nothing(native):
   token = np.asarray(plan.token_index[:n])
   uid = np.zeros(plan.num_tokens, np.int32)
   uid[token] = np.asarray(plan.space_uid[:n])
-  larger = atom_layout.build_window_plan(
+  larger = window_plan.build_window_plan(
     token, uid, dense_slot=np.asarray(plan.dense_index[:n]) % 24, n_atom=256
   )
   assert larger.n_atom > plan.n_atom
@@ -379,8 +385,8 @@ def test_atoms_of_one_bucket_share_one_compilation():
 
 
 def test_parameters_are_those_of_the_released_model():
-  head = aca.atom_cross_att_parameters(sa.alphafold3.AtomCrossAttConfig())
-  trunk = aca.atom_cross_att_parameters(
+  head = af3.atom_cross_att_parameters(sa.alphafold3.AtomCrossAttConfig())
+  trunk = af3.atom_cross_att_parameters(
     sa.alphafold3.AtomCrossAttConfig(per_token_channels=384),
     'evoformer_conditioning',
     positions=False,
@@ -398,11 +404,7 @@ def test_parameters_are_those_of_the_released_model():
 
 
 def test_haiku_head_has_the_parameters_below_its_name():
-  system = CASE.system
-  init = jax.eval_shape(
-    lambda inputs: system.transformed.init(jax.random.key(0), **inputs),
-    dict(CASE.inputs),
-  )
+  init = jax.eval_shape(CASE.system.init, jax.random.key(0), dict(CASE.inputs))
   assert any(name.startswith('diffusion_embed_ref_pos') for name in init)
   config = sa.alphafold3.AtomCrossAttConfig(per_token_channels=8)
   plan = sa.alphafold3.build_window_plan([0, 0, 1], [0, 1])
@@ -427,7 +429,7 @@ def test_haiku_head_has_the_parameters_below_its_name():
     np.zeros((128, 3), np.float32),
     np.zeros((2, 8), np.float32),
   )
-  table = aca.atom_cross_att_parameters(
+  table = af3.atom_cross_att_parameters(
     config, single_channels=None, pair_channels=None
   )
   assert set(made) == {f'diffusion_head/{name}' for name in table}
@@ -456,19 +458,19 @@ def test_wrong_use_says_what_to_do(native):
   params, plan, ref, positions, floats = native
   bare = dataclasses.replace(plan, has_pairs=False)
   with pytest.raises(ValueError, match='token_pairs=True'):
-    aca.precompute(params, bare, ref, None, floats['trunk_pair_cond'])
+    CACHED.precompute(params, bare, ref, None, floats['trunk_pair_cond'])
   with pytest.raises(ValueError, match='trunk_single_cond: expected shape'):
-    aca.precompute(params, plan, ref, floats['trunk_single_cond'][1:])
+    CACHED.precompute(params, plan, ref, floats['trunk_single_cond'][1:])
   conditioning = jax.eval_shape(
-    lambda: aca.precompute(params, plan, ref, decoder=False)
+    lambda: CACHED.precompute(params, plan, ref, decoder=False)
   )
   assert conditioning.decoder is None
   with pytest.raises(ValueError, match='decoder=True'):
-    aca.decode(params, conditioning, floats['decoder_token_act'], positions)
+    CACHED.decode(params, conditioning, floats['decoder_token_act'], positions)
   with pytest.raises(ValueError, match='positions: expected shape'):
-    aca.encode(params, conditioning, positions[1:])
+    CACHED.encode(params, conditioning, positions[1:])
   with pytest.raises(TypeError, match='positions: expected floating'):
-    aca.encode(params, conditioning, plan.atom_mask[:, None].repeat(3, 1))
+    CACHED.encode(params, conditioning, plan.atom_mask[:, None].repeat(3, 1))
 
 
 def test_arguments_that_do_not_fit_the_parameters_say_so(native):
@@ -477,37 +479,36 @@ def test_arguments_that_do_not_fit_the_parameters_say_so(native):
     with pytest.raises(
       ValueError, match=f'{name}: .* from the parameters diffusion_lnorm_{name}'
     ):
-      aca.precompute(params, plan, ref, **{name: floats[name][..., 1:]})
+      CACHED.precompute(params, plan, ref, **{name: floats[name][..., 1:]})
     lacking = {k: v for k, v in params.items() if f'lnorm_{name}' not in k}
     with pytest.raises(ValueError, match=f'params: .* which {name} needs'):
-      aca.precompute(lacking, plan, ref, **{name: floats[name]})
+      CACHED.precompute(lacking, plan, ref, **{name: floats[name]})
   with pytest.raises(ValueError, match="params: expected the module 'difus"):
-    aca.precompute(params, plan, ref, name='difusion')
+    aca.cached_atom_cross_att(prefix='difusion').precompute(params, plan, ref)
   lacking = {k: v for k, v in params.items() if 'decoder' not in k}
   with pytest.raises(ValueError, match='decoder: expected False'):
-    aca.precompute(lacking, plan, ref, decoder=True)
-  conditioning = jax.jit(aca.precompute)(params, plan, ref)
+    CACHED.precompute(lacking, plan, ref, decoder=True)
+  conditioning = jax.jit(CACHED.precompute)(params, plan, ref)
   lacking = {k: v for k, v in params.items() if 'positions_to' not in k}
   with pytest.raises(ValueError, match=r'params: .* which positions needs'):
-    aca.encode(lacking, conditioning, positions)
+    CACHED.encode(lacking, conditioning, positions)
   token_act = floats['decoder_token_act']
   skip = np.zeros((plan.n_atom, 5), np.float32)
   with pytest.raises(ValueError, match=r'token_act: .* from the parameters'):
-    aca.decode(params, conditioning, token_act[:, 1:], skip)
+    CACHED.decode(params, conditioning, token_act[:, 1:], skip)
   with pytest.raises(ValueError, match=r'skip_connection: .* from the param'):
-    aca.decode(params, conditioning, token_act, skip)
+    CACHED.decode(params, conditioning, token_act, skip)
   with pytest.raises(ValueError, match=r'positions: .* from the plan'):
-    aca.encode(params, conditioning, positions[1:])
+    CACHED.encode(params, conditioning, positions[1:])
 
 
-@pytest.mark.parametrize('implementation', ['lean', 'published'])
+@pytest.mark.parametrize('implementation', ['blocked', 'published'])
 def test_both_implementations_check_the_same(implementation):
   _, params, batch, floats = split('tiny_unpadded', 'float32')
   config = sa.alphafold3.AtomCrossAttConfig(implementation=implementation)
 
-  def encode(batch, *arguments):
-    return aca.atom_cross_att_encoder(params, batch, *arguments, config=config)
-
+  dense = dense_atom_cross_att(config)
+  encode = functools.partial(dense.encode, params)
   shape = batch.pred_dense_atom_mask.shape
   with pytest.raises(TypeError, match='batch: expected a DenseBatch, got dict'):
     encode(batch.to_batch())
@@ -519,10 +520,7 @@ def test_both_implementations_check_the_same(implementation):
     encode(batch, None, np.zeros((shape[0] + 1, 10), np.float32))
 
   def decode(token_act):
-    encoded = encode(batch)
-    return aca.atom_cross_att_decoder(
-      params, batch, token_act, encoded, config=config
-    )
+    return dense.decode(params, batch, token_act, encode(batch))
 
   with pytest.raises(ValueError, match='token_act: expected shape'):
     jax.eval_shape(lambda: decode(floats['decoder_token_act'][1:]))
@@ -535,8 +533,8 @@ def test_masked_conformer_reaches_neither_values_nor_gradients(native):
   @jax.value_and_grad
   def run(params, ref_pos):
     own = dataclasses.replace(ref, ref_pos=ref_pos)
-    conditioning = aca.precompute(params, plan, own)
-    found = aca.encode(params, conditioning, positions)
+    conditioning = CACHED.precompute(params, plan, own)
+    found = CACHED.encode(params, conditioning, positions)
     return jnp.sum(jnp.sin(found.token_act))
 
   masked = ~np.asarray(plan.atom_mask)[:, None]
@@ -546,24 +544,20 @@ def test_masked_conformer_reaches_neither_values_nor_gradients(native):
   jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
-@pytest.mark.parametrize('first', ['lean', 'published'])
+@pytest.mark.parametrize('first', ['blocked', 'published'])
 def test_encoder_and_decoder_of_different_implementations_are_an_error(first):
   _, params, batch, floats = split('tiny_unpadded', 'float32')
-  second = {'lean': 'published', 'published': 'lean'}[first]
+  second = {'blocked': 'published', 'published': 'blocked'}[first]
 
   def run():
-    encoded = aca.atom_cross_att_encoder(
-      params,
-      batch,
-      config=sa.alphafold3.AtomCrossAttConfig(implementation=first),
+    one, other = (
+      dense_atom_cross_att(
+        sa.alphafold3.AtomCrossAttConfig(implementation=implementation)
+      )
+      for implementation in (first, second)
     )
-    return aca.atom_cross_att_decoder(
-      params,
-      batch,
-      floats['decoder_token_act'],
-      encoded,
-      config=sa.alphafold3.AtomCrossAttConfig(implementation=second),
-    )
+    encoded = one.encode(params, batch)
+    return other.decode(params, batch, floats['decoder_token_act'], encoded)
 
   with pytest.raises(ValueError, match='use the same implementation'):
     jax.eval_shape(run)
@@ -586,25 +580,16 @@ def test_no_array_of_the_encoder_is_larger_than_the_logits():
         }
       ),
     )
-    table = aca.atom_cross_att_parameters(
-      config,
-      'evoformer_conditioning',
-      positions=False,
-      single_channels=None,
-      pair_channels=None,
-      decoder=False,
-    )
+    cached = aca.cached_atom_cross_att(config)
     params = jax.eval_shape(
-      lambda table=table: pm.init_parameters(table, jax.random.key(0))
+      functools.partial(
+        cached.init, single_channels=None, pair_channels=None, decoder=False
+      ),
+      jax.random.key(0),
     )
     jaxpr = jax.make_jaxpr(
-      lambda params, ref, plan=plan: aca.encode(
-        params,
-        aca.precompute(
-          params, plan, ref, config=config, name='evoformer_conditioning'
-        ),
-        config=config,
-        name='evoformer_conditioning',
+      lambda params, ref, plan=plan, cached=cached: cached.encode(
+        params, cached.precompute(params, plan, ref)
       )
     )(params, ref)
     assert largest(jaxpr.jaxpr) <= n * 128 * 4

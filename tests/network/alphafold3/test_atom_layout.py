@@ -12,7 +12,7 @@ import pytest
 from hypothesis import strategies as st
 
 from structattn_jax import verification as replay
-from structattn_jax.network.alphafold3 import atom_layout
+from structattn_jax.network.alphafold3 import atom_layout, window_plan
 from structattn_jax.verification.golden import Golden
 
 GOLDENS = pathlib.Path(__file__).parents[2] / 'goldens'
@@ -69,7 +69,7 @@ def brute_force_starts(num_atoms, n_window, num_queries, num_keys):
 def test_windows_of_any_size_hold_the_atoms_of_upstreams_rule(sizes, n, extra):
   num_queries, num_keys = sizes
   blocks = -(-max(n, num_keys) // num_queries) + extra
-  plan = atom_layout.build_window_plan(
+  plan = window_plan.build_window_plan(
     np.arange(n),
     np.arange(n),
     num_queries=num_queries,
@@ -77,7 +77,7 @@ def test_windows_of_any_size_hold_the_atoms_of_upstreams_rule(sizes, n, extra):
     n_atom=blocks * num_queries,
   )
   atoms = np.where(plan.atom_mask, np.arange(plan.n_atom), -1)
-  found = np.asarray(atom_layout.atom_windows(plan, jnp.asarray(atoms)))
+  found = np.asarray(window_plan.atom_windows(plan, jnp.asarray(atoms)))
   n_real = -(-n // num_queries)
   starts = brute_force_starts(n, n_real, num_queries, num_keys)
   for window in range(n_real):
@@ -91,7 +91,7 @@ def test_windows_of_any_size_hold_the_atoms_of_upstreams_rule(sizes, n, extra):
 
 
 def test_windows_along_another_axis_and_their_gradient_are_the_same():
-  plan = atom_layout.build_window_plan(
+  plan = window_plan.build_window_plan(
     np.arange(75), np.arange(75), num_queries=8, num_keys=24
   )
   index = plan.key_start[:, None] + np.arange(24)
@@ -102,10 +102,10 @@ def test_windows_along_another_axis_and_their_gradient_are_the_same():
   def loss(x, windows):
     return jnp.sum(jnp.sin(windows(x))[:n_real])
 
-  got = jax.grad(loss)(x, lambda x: atom_layout.atom_windows(plan, x))
+  got = jax.grad(loss)(x, lambda x: window_plan.atom_windows(plan, x))
   want = jax.grad(loss)(x, lambda x: x[index])
   np.testing.assert_allclose(got, want, rtol=1e-5)
-  moved = atom_layout.atom_windows(plan, jnp.asarray(x.T), axis=-1)
+  moved = window_plan.atom_windows(plan, jnp.asarray(x.T), axis=-1)
   np.testing.assert_array_equal(
     jnp.moveaxis(moved, 0, -1)[:n_real], x[index][:n_real]
   )
@@ -113,10 +113,10 @@ def test_windows_along_another_axis_and_their_gradient_are_the_same():
 
 @pytest.mark.parametrize('case', ['diffusion_mixed', 'tiny_unpadded'])
 def test_token_pairs_of_all_windows_are_listed(case):
-  plan = atom_layout.plan_from_batch(golden_batch(case), n_pair=2000)
+  plan = window_plan.plan_from_batch(golden_batch(case), n_pair=2000)
   n_token = plan.num_tokens
-  queries = np.asarray(atom_layout.query_blocks(plan, plan.token_index))
-  keys = np.asarray(atom_layout.atom_windows(plan, plan.token_index))
+  queries = np.asarray(window_plan.query_blocks(plan, plan.token_index))
+  keys = np.asarray(window_plan.atom_windows(plan, plan.token_index))
   offset, stride = plan.pair_offset[:, None], plan.pair_stride[:, None]
   row = (offset + stride * queries)[:, :, None] + keys[:, None]
   found = row if plan.pair_index is None else None
@@ -124,8 +124,8 @@ def test_token_pairs_of_all_windows_are_listed(case):
     inside = np.clip(row, 0, len(plan.pair_index) - 1)
     found = plan.pair_index[inside]
   want = queries[:, :, None] * n_token + keys[:, None]
-  real = atom_layout.query_blocks(plan, plan.atom_mask)[:, :, None]
-  real = real & atom_layout.atom_windows(plan, plan.atom_mask)[:, None]
+  real = window_plan.query_blocks(plan, plan.atom_mask)[:, :, None]
+  real = real & window_plan.atom_windows(plan, plan.atom_mask)[:, None]
   assert (plan.pair_index is None) == (case == 'tiny_unpadded')
   np.testing.assert_array_equal(found[real], want[real])
 
@@ -134,11 +134,11 @@ def test_structures_of_one_bucket_share_one_compilation():
   @jax.jit
   @chex.assert_max_traces(n=1)
   def windows(plan, x):
-    return atom_layout.atom_windows(plan, x)
+    return window_plan.atom_windows(plan, x)
 
   for n in (1060, 1071, 1088):
     token = np.arange(n) // 8
-    plan = atom_layout.build_window_plan(token, np.arange(140), n_pair=4096)
+    plan = window_plan.build_window_plan(token, np.arange(140), n_pair=4096)
     found = windows(plan, jnp.arange(plan.n_atom))
     assert plan.n_atom == 1088
     last = (n - 1) // 32
@@ -149,8 +149,8 @@ def test_plan_of_flat_atoms_equals_the_plan_of_the_dense_batch():
   batch = golden_batch('diffusion_mixed')
   mask = batch['pred_dense_atom_mask']
   token, slot = np.nonzero(mask)
-  want = atom_layout.plan_from_batch(batch)
-  got = atom_layout.build_window_plan(
+  want = window_plan.plan_from_batch(batch)
+  got = window_plan.build_window_plan(
     token.astype(np.int32),
     batch['ref_space_uid'][:, 0],
     dense_slot=slot,
@@ -165,7 +165,7 @@ def test_dense_batch_survives_the_way_to_flat_atoms_and_back():
   flat = jax.tree.map(
     lambda x: atom_layout.atoms_from_dense(dense.plan, x), dense.ref
   )
-  back = atom_layout.ref_to_dense(dense.plan, flat)
+  back = jax.tree.map(lambda x: atom_layout.atoms_to_dense(dense.plan, x), flat)
   chex.assert_trees_all_equal(back, jax.tree.map(jnp.asarray, dense.ref))
   written = dense.to_batch()
   assert set(written) < set(batch)
@@ -210,7 +210,7 @@ def test_convert_of_another_shape_is_an_error():
 
 def test_official_uid_of_keys_is_that_of_another_token():
   token = np.arange(60) // 2
-  plan = atom_layout.build_window_plan(token, np.arange(100, 130))
+  plan = window_plan.build_window_plan(token, np.arange(100, 130))
   real = np.asarray(plan.official_key_space_uid)[:60]
   np.testing.assert_array_equal(real, 100 + np.arange(60) // 24)
   # Padded keys have that of the last token.
@@ -219,12 +219,12 @@ def test_official_uid_of_keys_is_that_of_another_token():
 
 
 def test_padded_size_is_on_a_ladder():
-  sizes = [atom_layout.padded_size(n, 32) for n in range(1, 20000, 7)]
+  sizes = [window_plan.padded_size(n, 32) for n in range(1, 20000, 7)]
   assert all(size % 32 == 0 for size in sizes)
   assert sizes == sorted(sizes)
   for n, size in zip(range(1, 20000, 7), sizes, strict=True):
     assert n <= size <= max(n + 31, 1.0625 * n + 32)
-    assert atom_layout.padded_size(size, 32) == size
+    assert window_plan.padded_size(size, 32) == size
   assert len(set(sizes)) < 120
 
 
@@ -258,7 +258,7 @@ def test_plan_with_wrong_values_says_what_to_do(options, message):
   for name in ('token_index', 'token_space_uid'):
     arguments[name] = np.asarray(arguments[name], int)
   with pytest.raises(ValueError, match=message):
-    atom_layout.build_window_plan(**arguments)
+    window_plan.build_window_plan(**arguments)
 
 
 def test_proteins_with_one_number_of_atoms_share_a_compilation():
@@ -266,7 +266,7 @@ def test_proteins_with_one_number_of_atoms_share_a_compilation():
   shapes = set()
   for _ in range(8):
     counts = rng.choice([4, 5, 6, 7, 8, 9, 11, 12], 62)
-    plan = atom_layout.build_window_plan(
+    plan = window_plan.build_window_plan(
       np.repeat(np.arange(62), counts), np.arange(96), n_atom=640
     )
     shapes.add(tuple(x.shape for x in jax.tree.leaves(plan)))
@@ -305,9 +305,9 @@ def test_dense_batch_names_what_is_missing_and_makes_what_can_be_made():
 
 
 def test_pad_atoms_of_another_structure_is_an_error():
-  plan = atom_layout.build_window_plan([0, 0, 1], [0, 1])
-  assert atom_layout.pad_atoms(plan, np.ones((3, 2))).sum() == 6
+  plan = window_plan.build_window_plan([0, 0, 1], [0, 1])
+  assert window_plan.pad_atoms(plan, np.ones((3, 2))).sum() == 6
   with pytest.raises(ValueError, match='n_atom >= 200'):
-    atom_layout.pad_atoms(plan, np.ones(200))
+    window_plan.pad_atoms(plan, np.ones(200))
   with pytest.raises(ValueError, match='expected 3 to 128 rows'):
-    atom_layout.pad_atoms(plan, np.ones(2))
+    window_plan.pad_atoms(plan, np.ones(2))

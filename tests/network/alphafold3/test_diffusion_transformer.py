@@ -13,16 +13,17 @@ import structattn_jax as sa
 from structattn_jax import verification as replay
 from structattn_jax.components import functional
 from structattn_jax.components import parameters as pm
-from structattn_jax.network.alphafold3 import atom_layout
+from structattn_jax.network.alphafold3 import atom_layout, window_plan
 from structattn_jax.network.alphafold3 import diffusion_transformer as dt
+from structattn_jax.network.alphafold3 import transformer_parameters as tp
 from structattn_jax.network.alphafold3 import window_transformer as wt
 from structattn_jax.verification.golden import Golden
 
 GOLDENS = pathlib.Path(__file__).parents[2] / 'goldens'
 GOLDENS /= 'af3_atom_cross_attention'
 
-SIZES = dt.TransformerConfig(
-  attention=dt.SelfAttentionConfig(num_head=2, key_dim=6, value_dim=4),
+SIZES = tp.TransformerConfig(
+  attention=tp.SelfAttentionConfig(num_head=2, key_dim=6, value_dim=4),
   num_blocks=4,
   super_block_size=2,
 )
@@ -71,7 +72,7 @@ def token_case():
     normal(N_TOKEN, C_COND),
     normal(N_TOKEN, N_TOKEN, C_PAIR),
   )
-  table = dt.transformer_parameters(SIZES, CHANNELS, C_COND, C_PAIR)
+  table = tp.transformer_parameters(SIZES, CHANNELS, C_COND, C_PAIR)
   params = jax.tree.map(
     lambda x: x + 0.3 * normal(*x.shape),
     pm.init_parameters(table, jax.random.key(0)),
@@ -167,11 +168,14 @@ def test_cross_attention_masks_keys_only_if_asked():
   rng = np.random.default_rng(1)
   x_q = rng.standard_normal((4, 6), np.float32)
   x_k = rng.standard_normal((5, 6), np.float32)
-  config = dt.CrossAttentionConfig(num_head=2, key_dim=4, value_dim=6)
-  params = pm.init_parameters(
-    dt.cross_attention_parameters(config, 6, None, final_init='linear'),
-    jax.random.key(0),
-  )
+  config = tp.CrossAttentionConfig(num_head=2, key_dim=4, value_dim=6)
+  params = {
+    module: {
+      name: rng.standard_normal(parameter.shape, np.float32)
+      for name, parameter in arrays.items()
+    }
+    for module, arrays in tp.cross_attention_parameters(config, 6, None).items()
+  }
   mask_q, mask_k = np.ones(4, bool), np.arange(5) < 3
 
   def run(x_k, mask_k, padded_keys):
@@ -195,16 +199,16 @@ def test_window_transformer_equals_the_published_one(remat):
   """Values and all gradients in float64; 3 blocks, windows of 8 x 24."""
   rng = np.random.default_rng(2)
   n, c, c_pair, scope = 75, 6, 3, 'transformer'
-  plan = atom_layout.build_window_plan(
+  plan = window_plan.build_window_plan(
     np.arange(n), np.arange(n), num_queries=8, num_keys=24, n_atom=80
   )
   gathers = atom_layout.AtomCrossAtt.build(
     np.ones((n, 1), bool), padded_num_atoms=80, num_queries=8, num_keys=24
   )
-  config = dt.CrossAttTransformerConfig(
-    attention=dt.CrossAttentionConfig(num_head=2, key_dim=4, value_dim=8)
+  config = tp.CrossAttTransformerConfig(
+    attention=tp.CrossAttentionConfig(num_head=2, key_dim=4, value_dim=8)
   )
-  table = dt.cross_att_transformer_parameters(config, c, c, c_pair)
+  table = tp.cross_att_transformer_parameters(config, c, c, c_pair)
   params = pm.init_parameters(table, jax.random.key(0))
   params = jax.tree.map(
     lambda x: np.asarray(x) + 0.3 * rng.standard_normal(x.shape), params
@@ -224,13 +228,13 @@ def test_window_transformer_equals_the_published_one(remat):
       atom_layout.Arranged(blocks[0], 'queries'),
       mask.reshape(10, 8),
       gathers.queries_to_keys,
-      atom_layout.atom_windows(plan, jnp.asarray(mask)),
+      window_plan.atom_windows(plan, jnp.asarray(mask)),
       blocks[1],
       keys.values,
       pair,
     ).values.reshape(80, c)
 
-  def lean(params, act, single, pair):
+  def blocked(params, act, single, pair):
     own = pm.below(params, f'{scope}/')
     normalised = functional.layer_norm(own, 'pair_input_layer_norm', pair)
     logits = functional.linear(own, 'pair_logits_projection', normalised)
@@ -254,7 +258,7 @@ def test_window_transformer_equals_the_published_one(remat):
           lambda *x, fn=fn: jnp.sum(weight * fn(*x)), (0, 1, 2, 3)
         )
       )(own, act, single, pair)
-      for fn in (apply, lean)
+      for fn in (apply, blocked)
     )
     got, want = jax.tree.map(np.asarray, (got, want))
   for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
@@ -266,11 +270,11 @@ def test_window_transformer_equals_the_published_one(remat):
   ('make', 'message'),
   [
     (
-      lambda: dt.CrossAttentionConfig(num_head=3),
+      lambda: tp.CrossAttentionConfig(num_head=3),
       'key_dim=128 must be divisible by num_head=3',
     ),
     (
-      lambda: dt.SelfAttentionConfig(num_head=4, value_dim=6),
+      lambda: tp.SelfAttentionConfig(num_head=4, value_dim=6),
       'value_dim=6 must be divisible by num_head=4',
     ),
     (
@@ -278,7 +282,7 @@ def test_window_transformer_equals_the_published_one(remat):
       'num_blocks=4 must be divisible by super_block_size=3',
     ),
     (
-      lambda: dt.self_attention_parameters(dt.SelfAttentionConfig(), 24, None),
+      lambda: tp.self_attention_parameters(tp.SelfAttentionConfig(), 24, None),
       'key_dim=24 must be divisible by num_head=16',
     ),
   ],

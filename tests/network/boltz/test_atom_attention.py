@@ -1,4 +1,4 @@
-"""Boltz's atom attention: the lean functions, the modules, what they refuse.
+"""Boltz's atom attention: both public forms, the modules, what they refuse.
 
 `test_systems.py` compares both versions with the oracle, values and gradients.
 """
@@ -13,7 +13,6 @@ import pytest
 
 import structattn_jax as sa
 from structattn_jax.components import parameters as pm
-from structattn_jax.network.boltz import modules as boltz_modules
 from structattn_jax.network.boltz import parameters as boltz_parameters
 from structattn_jax.network.boltz import transformers as boltz_transformers
 
@@ -71,7 +70,7 @@ def random_params(table):
 @pytest.fixture(scope='module')
 def boltz1():
   """The functions, parameters, a context and what samples give, vmapped."""
-  functions = sa.boltz.transform_boltz_atom_attention(BOLTZ1)
+  functions = sa.boltz.cached_atom_attention(BOLTZ1)
   params = random_params(boltz_parameters.atom_attention_parameters(BOLTZ1))
   context = jax.jit(functions.precompute)(params, features(), SINGLE, PAIR)
 
@@ -99,7 +98,7 @@ def assert_close(got, want):
     assert np.abs(g - w).max() < 3e-6 * np.abs(w).max()
 
 
-def test_boltz1_modules_equal_the_lean_functions(boltz1):
+def test_boltz1_modules_equal_the_functions(boltz1):
   _, params, context, run = boltz1
 
   def published():
@@ -113,7 +112,7 @@ def test_boltz1_modules_equal_the_lean_functions(boltz1):
   assert_close(got, jax.tree.map(lambda x: x[0], want))
 
 
-def test_boltz2_modules_equal_the_lean_functions():
+def test_boltz2_modules_equal_the_functions():
   table = boltz_parameters.atom_attention_parameters(BOLTZ2)
   params = random_params(table)
   relative = normal(N_TOKEN, N_TOKEN, 3, seed=5)
@@ -136,7 +135,7 @@ def test_boltz2_modules_equal_the_lean_functions():
 
   shared, *got = apply_modules(published, params)
   assert shared.token_bias.shape == (N_TOKEN, N_TOKEN, 2)
-  functions = sa.boltz.transform_boltz_atom_attention(BOLTZ2)
+  functions = sa.boltz.cached_atom_attention(BOLTZ2)
   context = functions.precompute(params, features(), SINGLE, shared.pair)
   encoded = functions.encode(params, context, POSITIONS[0])
   update = functions.decode(params, context, TOKEN_ACT[0], encoded.atoms)
@@ -145,7 +144,7 @@ def test_boltz2_modules_equal_the_lean_functions():
 
 def test_boltz2_input_embedder_needs_no_trunk():
   config = dataclasses.replace(BOLTZ2, structure_prediction=False)
-  functions = sa.boltz.transform_boltz_atom_attention(config)
+  functions = sa.boltz.cached_atom_attention(config)
   params = random_params(boltz_parameters.atom_attention_parameters(config))
   context = functions.precompute(params, features())
   encoded = functions.encode(params, context)
@@ -167,6 +166,21 @@ def test_samples_share_a_context_and_equal_single_calls(boltz1):
   assert all(x.shape[0] in (3, N_ATOM) for x in jax.tree.leaves(context))
 
 
+def test_one_call_equals_the_cached_functions(boltz1):
+  functions, params, context, _ = boltz1
+  init, apply = sa.boltz.transform_atom_attention(BOLTZ1)
+  arguments = (features(), SINGLE, PAIR, POSITIONS[0], TOKEN_ACT[0])
+  fresh = jax.jit(init)(jax.random.key(3), *arguments)
+  want = functions.init(jax.random.key(3))
+  for g, w in zip(jax.tree.leaves(fresh), jax.tree.leaves(want), strict=True):
+    np.testing.assert_array_equal(g, w)
+  out = jax.jit(apply)(params, *arguments)
+  encoded = functions.encode(params, context, POSITIONS[0])
+  update = functions.decode(params, context, TOKEN_ACT[0], encoded.atoms)
+  assert_close(out, (encoded, update))
+  assert apply(params, *arguments[:4]).update is None
+
+
 def test_tokens_are_means_of_their_atoms_alone(boltz1):
   _, params, context, run = boltz1
   encoded, _ = run(params, context, POSITIONS, TOKEN_ACT)
@@ -178,7 +192,7 @@ def test_windows_end_where_the_atoms_end(boltz1):
   """The keys of window 2 are atoms 6 to 13: atom 5 does not reach it."""
   _, params, _, _ = boltz1
   config = dataclasses.replace(BOLTZ1, atom_encoder_depth=1)
-  one_layer = sa.boltz.transform_boltz_atom_attention(config)
+  one_layer = sa.boltz.cached_atom_attention(config)
   kept = {k: v for k, v in params.items() if 'layers_1' not in k}
   own = one_layer.precompute(kept, features(), SINGLE, PAIR)
   encode = jax.jit(one_layer.encode)
@@ -201,10 +215,10 @@ def test_ids_beyond_float32_stay_apart(boltz1):
   assert np.abs(difference).max() > 1e-3
 
 
-def test_dense_and_blocked_biases_agree(boltz1):
+def test_published_and_blocked_biases_agree(boltz1):
   _, params, context, _ = boltz1
-  config = dataclasses.replace(BOLTZ1, implementation='dense')
-  functions = sa.boltz.transform_boltz_atom_attention(config)
+  config = dataclasses.replace(BOLTZ1, implementation='published')
+  functions = sa.boltz.cached_atom_attention(config)
   own = functions.precompute(params, features(), SINGLE, PAIR)
   assert_close(own.encoder.biases, context.encoder.biases)
   assert_close(own.decoder.biases, context.decoder.biases)
@@ -325,14 +339,14 @@ def test_missing_trunk_or_positions_raise(boltz1):
   with pytest.raises(ValueError, match=r'^positions: expected an array'):
     functions.encode(params, context)
   config = dataclasses.replace(BOLTZ2, use_residue_feats_atoms=True)
-  other = sa.boltz.transform_boltz_atom_attention(config)
+  other = sa.boltz.cached_atom_attention(config)
   with pytest.raises(ValueError, match=r'^res_type: expected an array'):
     other.precompute(params, features(), SINGLE, PAIR)
 
 
 def test_decode_without_a_decoder_raises():
   config = dataclasses.replace(BOLTZ1, atom_decoder_depth=0)
-  functions = sa.boltz.transform_boltz_atom_attention(config)
+  functions = sa.boltz.cached_atom_attention(config)
   params = random_params(boltz_parameters.atom_attention_parameters(config))
   context = functions.precompute(params, features(), SINGLE, PAIR)
   with pytest.raises(ValueError, match=r'^context: .* no decoder$'):
@@ -345,84 +359,58 @@ def test_decode_without_a_decoder_raises():
 def test_token_transformer_attends_to_all_tokens_of_the_mask():
   n, channels = 6, 8
   a, s = normal(n, channels, seed=3), normal(n, 4, seed=4)
-  pair = normal(n, n, 3, seed=5)
+  biases = normal(2, 1, 2, n, n, seed=5)
   mask = np.arange(n) < 5
-  table = boltz_transformers.diffusion_transformer_parameters(
-    2, 2, channels, 4, 3
-  )
   params = random_params(
-    boltz_transformers.below('diffusion_transformer', table)
+    boltz_transformers.diffusion_transformer_parameters(2, 2, channels, 4)
   )
 
-  def run(a, pair, mask):
-    module = boltz_modules.DiffusionTransformer(2, 2)
-    return module(a, s, pair, mask)
+  @jax.jit
+  def run(a):
+    masked = [boltz_transformers.masked_bias(x, mask) for x in biases]
+    return boltz_transformers.diffusion_transformer(params, a, s, masked, mask)
 
-  apply = jax.jit(hk.without_apply_rng(hk.transform(run)).apply)
-  want = apply(params, a, pair, mask)
+  want = run(a)
   other = a.copy()
   other[5, 0] += 1
-  got = apply(params, other, pair, mask)
-  np.testing.assert_array_equal(got[:5], want[:5])
+  np.testing.assert_array_equal(run(other)[:5], want[:5])
   other[4, 0] += 1
-  moved = np.abs(apply(params, other, pair, mask) - want).max(-1)
+  moved = np.abs(run(other) - want).max(-1)
   assert np.all(moved[:5] > 0)
 
 
-def test_atom_transformer_with_given_biases_equals_projected_ones():
+def test_terms_computed_before_equal_those_of_each_layer():
   n, channels = 8, 8
   q, c = normal(n, channels, seed=3), normal(n, channels, seed=4)
-  pair = normal(2, 4, 8, 3, seed=5)
+  biases = normal(2, 2, 2, 4, 8, seed=5)
   mask = np.ones(n, bool)
+  params = random_params(
+    boltz_transformers.diffusion_transformer_parameters(2, 2, channels, 8)
+  )
 
-  def table(pair_channels):
-    inner = boltz_transformers.diffusion_transformer_parameters(
-      2, 2, channels, channels, pair_channels
+  def run(s, terms):
+    return boltz_transformers.diffusion_transformer(
+      params, q, s, biases, mask, terms
     )
-    scope = 'atom_encoder/diffusion_transformer'
-    return boltz_transformers.below(scope, inner)
 
-  params = random_params(table(3))
-  biases = [
-    boltz_transformers.pair_bias(
-      params,
-      f'atom_encoder/diffusion_transformer/layers_{i}/pair_bias_attn/proj_z',
-      pair,
-    )
-    for i in range(2)
-  ]
-
-  def run(pair, **options):
-    module = boltz_modules.AtomTransformer(2, 2, name='atom_encoder', **options)
-    return module(q, c, pair, mask)
-
-  want = apply_modules(lambda: run(pair), params)
-  given = {k: v for k, v in params.items() if 'proj_z' not in k}
-  bias = jnp.concatenate(biases, -1)
-  got = apply_modules(lambda: run(bias, project_pair=False), given)
-  assert_close(got, want)
-  bad = hk.transform(lambda: run(pair[:1]))
-  with pytest.raises(ValueError, match=r'pair: expected n_window \* n_query'):
-    bad.init(jax.random.key(0))
+  terms = boltz_transformers.transformer_terms(params, c)
+  assert_close(run(None, terms), run(c, None))
 
 
-def test_modules_of_one_layer_equal_their_formulas():
+def test_functions_of_one_layer_equal_their_formulas():
   a, s = normal(4, 6, seed=3), normal(4, 5, seed=4)
-  table = boltz_transformers.ada_ln_parameters(6, 5)
-  params = random_params(boltz_transformers.below('ada_ln', table))
+  params = random_params(boltz_transformers.ada_ln_parameters(6, 5))
   own = {k: {n: np.float64(x) for n, x in v.items()} for k, v in params.items()}
 
   def norm(x):
     x = x - x.mean(-1, keepdims=True)
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5)
 
-  c = norm(s) * own['ada_ln/s_norm']['scale']
-  gate = c @ own['ada_ln/s_scale']['weights'] + own['ada_ln/s_scale']['bias']
-  want = norm(a) / (1 + np.exp(-gate)) + c @ own['ada_ln/s_bias']['weights']
-  got = apply_modules(lambda: boltz_modules.AdaLN(name='ada_ln')(a, s), params)
-  assert_close(got, want)
-  fresh = hk.transform(lambda: boltz_modules.ConditionedTransitionBlock()(a, s))
-  params = fresh.init(jax.random.key(0))
-  gate = params['transition/output_projection_0']
+  c = norm(s) * own['s_norm']['scale']
+  gate = c @ own['s_scale']['weights'] + own['s_scale']['bias']
+  want = norm(a) / (1 + np.exp(-gate)) + c @ own['s_bias']['weights']
+  assert_close(boltz_transformers.ada_ln(params, a, s), want)
+  table = boltz_transformers.transition_parameters(6, 5)
+  gate = pm.init_parameters(table, jax.random.key(0))['output_projection_0']
   assert np.all(gate['weights'] == 0)
   assert np.all(gate['bias'] == -2)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from structattn_jax.network.boltz import pair_bias as kernel
+from structattn_jax.network.boltz import pair_bias
 
 C_PAIR, C_Z, HEADS = 4, 5, (2, 1)
 
@@ -23,13 +23,13 @@ def problem(layout, with_tokens=True):
   rng = np.random.default_rng(1)
   n_atom = len(token)
   normal = rng.standard_normal
-  weights = kernel.Weights(
+  weights = pair_bias.Weights(
     normal((5, C_PAIR)),
     tuple(normal((3, C_PAIR, C_PAIR))),
     normal((C_PAIR, sum(HEADS))),
     normal(sum(HEADS)),
   )
-  atoms = kernel.Atoms(
+  atoms = pair_bias.Atoms(
     normal((n_atom, C_PAIR)),
     normal((n_atom, C_PAIR)),
     normal((n_atom, 3)),
@@ -38,13 +38,13 @@ def problem(layout, with_tokens=True):
   )
   tokens = None
   if with_tokens:
-    tokens = kernel.Tokens(
+    tokens = pair_bias.Tokens(
       normal((n_token, n_token, C_Z)),
       normal((C_Z, C_PAIR)),
       normal(C_PAIR),
       token,
     )
-  sizes = kernel.Sizes(n_query, n_key, HEADS, -7.0)
+  sizes = pair_bias.Sizes(n_query, n_key, HEADS, -7.0)
   return sizes, jax.tree.map(jnp.asarray, (weights, atoms, tokens))
 
 
@@ -62,21 +62,21 @@ def biases_and_gradients(fn, sizes, arguments):
 
 
 @pytest.mark.parametrize('layout', LAYOUTS)
-def test_blocked_biases_equal_dense_with_gradients(layout):
+def test_blocked_biases_equal_published_with_gradients(layout):
   with jax.enable_x64(True):
     sizes, arguments = problem(layout)
-    want = biases_and_gradients(kernel.dense_biases, sizes, arguments)
-    got = biases_and_gradients(kernel.blocked_biases, sizes, arguments)
+    want = biases_and_gradients(pair_bias.published_biases, sizes, arguments)
+    got = biases_and_gradients(pair_bias.blocked_biases, sizes, arguments)
   for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
     assert g.shape == w.shape
     assert np.abs(g - w).max() < 1e-12 * max(np.abs(w).max(), 1)
 
 
-def test_blocked_biases_without_tokens_equal_dense():
+def test_blocked_biases_without_tokens_equal_published():
   with jax.enable_x64(True):
     sizes, arguments = problem('residues', with_tokens=False)
-    want = biases_and_gradients(kernel.dense_biases, sizes, arguments)
-    got = biases_and_gradients(kernel.blocked_biases, sizes, arguments)
+    want = biases_and_gradients(pair_bias.published_biases, sizes, arguments)
+    got = biases_and_gradients(pair_bias.blocked_biases, sizes, arguments)
   for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
     assert np.abs(g - w).max() < 1e-12 * max(np.abs(w).max(), 1)
 
@@ -102,24 +102,24 @@ def test_blocked_biases_memory_grows_with_atoms_not_with_pairs():
     def array(*shape, dtype=float32):
       return jax.ShapeDtypeStruct(shape, dtype)
 
-    weights = kernel.Weights(
+    weights = pair_bias.Weights(
       array(5, 2), (array(2, 2),) * 3, array(2, 3), array(3)
     )
-    atoms = kernel.Atoms(
+    atoms = pair_bias.Atoms(
       array(n_atom, 2),
       array(n_atom, 2),
       array(n_atom, 3),
       array(n_atom, dtype=jnp.int32),
       array(n_atom, dtype=jnp.bool_),
     )
-    tokens = kernel.Tokens(
+    tokens = pair_bias.Tokens(
       array(n_token, n_token, 1),
       array(1, 2),
       array(2),
       array(n_atom, dtype=jnp.int32),
     )
-    sizes = kernel.Sizes(8, 32, (2, 1), -7.0)
-    jaxpr = jax.make_jaxpr(kernel.blocked_biases, static_argnums=0)(
+    sizes = pair_bias.Sizes(8, 32, (2, 1), -7.0)
+    jaxpr = jax.make_jaxpr(pair_bias.blocked_biases, static_argnums=0)(
       sizes, weights, atoms, tokens
     )
     return largest_array(jaxpr.jaxpr)

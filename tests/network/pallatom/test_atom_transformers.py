@@ -37,7 +37,7 @@ DECODER_CONFIG = sa.pallatom.AtomAttentionDecoderConfig(
 )
 
 each_dtype = pytest.mark.parametrize('dtype', ['float32', 'float64'])
-each_implementation = pytest.mark.parametrize('form', ['lean', 'dense'])
+each_implementation = pytest.mark.parametrize('form', ['blocked', 'published'])
 
 
 def encoder_inputs(n_atom=24, dtype='float32', seed=0):
@@ -120,10 +120,10 @@ def dense_output(out, tok_idx=TOKENS):
 
 @functools.cache
 def forward(kind, form, n_arguments=0):
-  """Jitted; 'dense' takes traced indices, 'lean' a traced plan."""
+  """Jitted; 'published' takes traced indices, 'blocked' a traced plan."""
   del n_arguments
   changes = {'implementation': form}
-  if form == 'dense' and kind == 'encoder':
+  if form == 'published' and kind == 'encoder':
     changes['max_neighbours'] = sa.pallatom.required_neighbours(TOKENS, WINDOW)
   apply = apply_of(kind, **changes).apply
 
@@ -135,7 +135,7 @@ def forward(kind, form, n_arguments=0):
 
 
 def run(kind, form, inputs, tok_idx=TOKENS, params=None, **extra):
-  if form == 'lean' and 'plan' not in extra:
+  if form == 'blocked' and 'plan' not in extra:
     shared = tok_idx[0] if tok_idx.ndim == 2 else tok_idx
     extra['plan'] = sa.pallatom.plan_neighbours(shared, WINDOW)
   params = params_of(kind) if params is None else params
@@ -180,7 +180,7 @@ def golden_values(name, dtype):
 
 
 @pytest.mark.parametrize(
-  'form', ['lean', pytest.param('dense', marks=pytest.mark.slow)]
+  'form', ['blocked', pytest.param('published', marks=pytest.mark.slow)]
 )
 @pytest.mark.parametrize(
   'name', ['encoder_small', 'encoder_uneven_absolute', 'decoder_uneven']
@@ -278,13 +278,15 @@ def gradients(kind, form):
 
 
 @each_kind
-def test_gradients_of_lean_equal_those_of_dense(kind):
-  lean, dense = gradients(kind, 'lean'), gradients(kind, 'dense')
-  assert jax.tree.structure(lean) == jax.tree.structure(dense)
-  for g, w in zip(jax.tree.leaves(lean), jax.tree.leaves(dense), strict=True):
+def test_gradients_of_blocked_equal_those_of_published(kind):
+  blocked, published = gradients(kind, 'blocked'), gradients(kind, 'published')
+  assert jax.tree.structure(blocked) == jax.tree.structure(published)
+  for g, w in zip(
+    jax.tree.leaves(blocked), jax.tree.leaves(published), strict=True
+  ):
     assert np.abs(g - w).max() <= 1e-10 * max(np.abs(w).max(), 1)
   # Adds the same to all logits of a row.
-  for path, values in lean[0].items():
+  for path, values in blocked[0].items():
     if path.endswith('norm_pair'):
       assert not values['offset'].any()
       assert values['scale'].any()
@@ -293,7 +295,7 @@ def test_gradients_of_lean_equal_those_of_dense(kind):
 @each_kind
 def test_float64_gradient_matches_differences_of_the_oracle(kind):
   inputs = INPUTS[kind](dtype='float64')
-  own = gradients(kind, 'lean')[1]
+  own = gradients(kind, 'blocked')[1]
   rng = np.random.default_rng(2)
   weights = [rng.standard_normal(x.shape) for x in oracle(kind, inputs)]
   for name, gradient in own.items():
@@ -316,7 +318,7 @@ def test_implementations_have_the_same_parameters(kind):
         jax.random.key(0), **INPUTS[kind](), tok_idx=TOKENS
       )
     )
-    for form in ('lean', 'dense')
+    for form in ('blocked', 'published')
   ]
   assert trees[0] == trees[1]
 
@@ -423,7 +425,7 @@ def test_query_blocks_give_the_same_numbers(query_block):
   inputs = decoder_inputs()
   plan = sa.pallatom.plan_neighbours(TOKENS, WINDOW, query_block=query_block)
   assert plan.sizes.n_query == min(query_block, 24)
-  got = run('decoder', 'lean', inputs, plan=plan)
+  got = run('decoder', 'blocked', inputs, plan=plan)
   assert_close(got, oracle('decoder', inputs), 5e-6)
 
 
@@ -568,7 +570,7 @@ def test_noise_of_other_atoms_reaches_an_atom_only_through_the_mean():
   inputs = encoder_inputs()
   moved = inputs | {'r_scaled': inputs['r_scaled'].copy()}
   moved['r_scaled'][3] += 1
-  first, second = (run('encoder', 'lean', x) for x in (inputs, moved))
+  first, second = (run('encoder', 'blocked', x) for x in (inputs, moved))
   changed = np.any(first.q_skip != second.q_skip, -1)
   assert np.flatnonzero(changed).tolist() == [3]
   assert np.flatnonzero(np.any(first.s_i != second.s_i, -1)).tolist() == [1]
@@ -578,7 +580,7 @@ def test_noise_of_other_atoms_reaches_an_atom_only_through_the_mean():
 
 
 def test_scan_and_remat_of_a_chain_equal_calls():
-  features = run('encoder', 'dense', encoder_inputs())
+  features = run('encoder', 'published', encoder_inputs())
   base = decoder_inputs() | {'p_skip': features.p_skip}
   base = {name: x for name, x in base.items() if name != 'c'}
 
@@ -656,8 +658,8 @@ def test_no_array_over_atoms_and_neighbours_exists():
     return largest_array(jaxpr.jaxpr)
 
   per_pair = n_atom * sa.pallatom.required_neighbours(tok_idx)
-  assert largest('dense') >= 4 * per_pair
-  assert largest('lean') < per_pair / 4
+  assert largest('published') >= 4 * per_pair
+  assert largest('blocked') < per_pair / 4
 
 
 @each_kind
@@ -669,7 +671,7 @@ def test_bfloat16_activations_stay_close(kind):
     else x
     for name, x in inputs.items()
   }
-  out = run(kind, 'lean', low)
+  out = run(kind, 'blocked', low)
   for name, got, want in zip(
     out._fields, out, oracle(kind, inputs), strict=True
   ):
@@ -694,8 +696,10 @@ def test_traced_indices_without_a_plan_name_what_is_missing():
 
   with pytest.raises(ValueError, match=r'plan: needed where.*max_neighbours'):
     trace()
-  with pytest.raises(ValueError, match="plan: needed by implementation='lean'"):
-    trace(implementation='lean')
+  with pytest.raises(
+    ValueError, match="plan: needed by implementation='blocked'"
+  ):
+    trace(implementation='blocked')
   trace(max_neighbours=24)
 
 
@@ -730,12 +734,12 @@ def test_wrong_decoder_input_raises_and_names_it():
   short = inputs | {'p_skip': inputs['p_skip'][:, 1:]}
   with pytest.raises(ValueError, match=r'p_skip: the plan needs n_nbr=1\d'):
     apply(params_of('decoder'), **short, tok_idx=TOKENS)
-  dense = apply_of('decoder', implementation='dense').apply
+  published = apply_of('decoder', implementation='published').apply
   with pytest.raises(ValueError, match=r'give max_neighbours=1\d'):
-    dense(params_of('decoder'), **short, tok_idx=TOKENS)
+    published(params_of('decoder'), **short, tok_idx=TOKENS)
   plan = sa.pallatom.plan_neighbours(TOKENS, WINDOW)
   with pytest.raises(ValueError, match='plan: expected none with'):
-    dense(params_of('decoder'), **inputs, tok_idx=TOKENS, plan=plan)
+    published(params_of('decoder'), **inputs, tok_idx=TOKENS, plan=plan)
   with pytest.raises(TypeError, match='c: expected floating'):
     apply(
       params_of('decoder'),

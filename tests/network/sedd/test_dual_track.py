@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 
 from structattn_jax import testing
+from structattn_jax.discrete_diffusion import graph as graph_lib
 from structattn_jax.discrete_diffusion import prepared_network as kernel
+from structattn_jax.discrete_diffusion import program as program_lib
+from structattn_jax.network.sedd import blocks, single_track
 from structattn_jax.network.sedd import dual_track as network
 from structattn_jax.reference import sedd as reference
 from structattn_jax.verification import systems
@@ -24,12 +27,12 @@ CONFIG = network.DualTrackConfig(
   protein_vocab=9,
   ligand_vocab=14,
 )
-SINGLE = network.SeddConfig(
+SINGLE = single_track.SeddConfig(
   hidden_size=12, num_head=3, num_block=2, cond_dim=6, vocab=9
 )
 SIGMA = 0.7
 BATCH, N_PROTEIN, N_LIGAND = 3, 7, 5
-STACK = f'/{network.LAYER_STACK}/'
+STACK = f'/{blocks.LAYER_STACK}/'
 
 each_mode = pytest.mark.parametrize('mode', network.MODES)
 each_variant = pytest.mark.parametrize('variant', ['sedd', 'v100'])
@@ -52,8 +55,8 @@ def randomised(shapes, seed=0):
 
 def shapes_of(config):
   token, sigma = jnp.zeros(2, jnp.int32), jnp.float32(0)
-  if isinstance(config, network.SeddConfig):
-    init, arguments = network.transform_sedd(config).init, (token, sigma)
+  if isinstance(config, single_track.SeddConfig):
+    init, arguments = single_track.transform_sedd(config).init, (token, sigma)
   else:
     init = network.transform_sedd_dual_track(config).init
     arguments = (token, token, sigma)
@@ -177,7 +180,7 @@ def oracle(mode, params, batch, config=CONFIG):
 )
 def test_preset_has_the_published_number_of_parameters(preset, count):
   dual = preset == 'sedd_dual_track'
-  cls = network.DualTrackConfig if dual else network.SeddConfig
+  cls = network.DualTrackConfig if dual else single_track.SeddConfig
   shapes = shapes_of(cls.from_toml(CONFIGS / f'{preset}.toml'))
   assert sum(x.size for x in jax.tree.leaves(shapes)) == count
 
@@ -191,7 +194,7 @@ def test_preset_has_the_published_number_of_parameters(preset, count):
   ],
 )
 def test_single_track_counts_follow_variant_and_vocabulary(options, count):
-  config = network.SeddConfig(num_block=8, cond_dim=256, **options)
+  config = single_track.SeddConfig(num_block=8, cond_dim=256, **options)
   assert sum(x.size for x in jax.tree.leaves(shapes_of(config))) == count
 
 
@@ -212,10 +215,10 @@ def test_parameters_are_the_same_in_every_mode():
 
 
 def test_fresh_network_has_zero_logits():
-  config = network.SeddConfig(
+  config = single_track.SeddConfig(
     hidden_size=4, num_head=1, num_block=1, cond_dim=2, vocab=5
   )
-  transformed = network.transform_sedd(config)
+  transformed = single_track.transform_sedd(config)
   arguments = (jnp.array([1, 2]), jnp.float32(1))
   params = transformed.init(jax.random.key(0), *arguments)
   assert np.any(params['vocab_embed']['embedding'])
@@ -260,7 +263,7 @@ def test_single_track_matches_the_oracle(variant, batch):
     num_head=3,
     variant=variant,
   )
-  apply = jax.jit(network.transform_sedd(config).apply)
+  apply = jax.jit(single_track.transform_sedd(config).apply)
   got = apply(params, tokens, np.float32(SIGMA), mask)
   assert worst_error(got, want) < 5e-6
   with jax.enable_x64(True):
@@ -272,11 +275,11 @@ def test_log_score_matches_the_oracle_at_small_and_large_sigma(batch):
   logits = np.random.default_rng(0).standard_normal((N_PROTEIN, 9), np.float32)
   tokens = batch['protein'][0]
   for sigma in (1e-6, 1e-3, 0.5, 20.0, 80.0):
-    got = network.log_score(logits, tokens, np.float32(sigma))
+    got = graph_lib.log_score(logits, tokens, np.float32(sigma))
     want = reference.log_score(logits.astype(np.float64), tokens, sigma)
     assert worst_error(got, want) < 1e-6
     assert not np.any(np.asarray(got)[np.arange(N_PROTEIN), tokens])
-  unscaled = network.log_score(
+  unscaled = graph_lib.log_score(
     logits, tokens, np.float32(2), scale_by_sigma=False
   )
   others = np.arange(9) != tokens[:, None]
@@ -445,10 +448,10 @@ def test_large_attention_takes_one_head_at_a_time_with_the_same_result():
     rng.standard_normal((n, 2, 4), np.float32) for n in (160, 120, 120, 160)
   )
   mask = rng.random(120) < 0.8
-  assert network._LARGE <= 160 * 120
+  assert blocks._LARGE <= 160 * 120
 
   def loss(q, k, v):
-    return jnp.sum(network._attend(q, k, v, mask) * cotangent)
+    return jnp.sum(blocks._attend(q, k, v, mask) * cotangent)
 
   def dense(q, k, v):
     logits = jnp.einsum('nhd,mhd->hnm', q, k) / 2
@@ -468,10 +471,6 @@ def program_logits(program, mode, sigma, batch, positions=None, shared=False):
   tracks = network.tracks_of(mode)
   tokens = {track: batch[track] for track in tracks.generated}
   masks = {track: batch[f'{track}_mask'] for track in tracks.generated}
-  if mode == 'joint':
-    begun = kernel.joint(program, modulation, tokens, masks)
-    return begun.logits(positions)
-  (track,) = tracks.generated
   context = None
   for other in tracks.context:
     rows = slice(1) if shared else slice(None)
@@ -482,9 +481,7 @@ def program_logits(program, mode, sigma, batch, positions=None, shared=False):
       batch[other][rows],
       batch[f'{other}_mask'][rows],
     )
-  begun = kernel.one_track(
-    program, modulation, track, tokens[track], masks[track], context
-  )
+  begun = kernel.begin(program, modulation, tokens, masks, context)
   return begun.logits(positions)
 
 
@@ -496,8 +493,8 @@ def test_program_equals_the_network(mode, params, batch):
 
     @jax.jit
     def all_of_it(params):
-      program = kernel.prepare(CONFIG, params, absorbing=False)
-      padded = kernel.prepare(CONFIG, params)
+      program = kernel.cached_sedd(CONFIG, absorbing=False).precompute(params)
+      padded = kernel.cached_sedd(CONFIG).precompute(params)
       positions = {track: np.array([[1, 0], [2, 3], [4, 1]]) for track in want}
       return (
         program_logits(program, mode, SIGMA, batch),
@@ -515,7 +512,7 @@ def test_program_equals_the_network(mode, params, batch):
     )
     dim = values.shape[-1]
     got = np.asarray(padded[track])
-    assert got.shape[-1] % kernel.BLOCK == 0
+    assert got.shape[-1] % program_lib.BLOCK == 0
     assert worst_error(got[..., : dim - 1], rows[..., :-1]) < 1e-10
     assert np.all(got[..., dim - 1 :] == -1e30)
 
@@ -531,7 +528,7 @@ def test_program_shares_one_context(params, batch):
 
   @jax.jit
   def shared(params):
-    program = kernel.prepare(CONFIG, params, absorbing=False)
+    program = kernel.cached_sedd(CONFIG, absorbing=False).precompute(params)
     return program_logits(program, mode, np.float32(SIGMA), copies, shared=True)
 
   assert worst_error(shared(params), want) < 5e-6
@@ -541,15 +538,22 @@ def test_program_shares_one_context(params, batch):
 def test_program_equals_the_single_track(variant, batch):
   config = dataclasses.replace(SINGLE, variant=variant)
   params = randomised(shapes_of(config))
-  apply = jax.vmap(network.transform_sedd(config).apply, (None, 0, None, 0))
+  apply = jax.vmap(
+    single_track.transform_sedd(config).apply, (None, 0, None, 0)
+  )
 
   @jax.jit
   def both(params, tokens, mask):
-    program = kernel.prepare(config, params, absorbing=False)
+    cached = kernel.cached_sedd(config, absorbing=False)
+    program = cached.precompute(params)
     sigma = np.float32(SIGMA)
-    modulation = kernel.modulations(program, sigma)
-    begun = kernel.one_track(program, modulation, kernel.ONLY, tokens, mask)
-    return begun.logits()[kernel.ONLY], apply(params, tokens, sigma, mask)
+    begun = cached.begin(
+      program,
+      cached.modulations(program, sigma),
+      {program_lib.ONLY: tokens},
+      {program_lib.ONLY: mask},
+    )
+    return begun.logits()[program_lib.ONLY], apply(params, tokens, sigma, mask)
 
   got, want = both(params, batch['protein'], batch['protein_mask'])
   assert worst_error(got, np.asarray(want)) < 5e-6
@@ -571,7 +575,7 @@ def test_wrong_inputs_raise_and_name_what_is_wrong(params, batch):
   with pytest.raises(ValueError, match='ligand_mask: expected shape'):
     apply(params, protein, ligand, sigma, None, np.ones(3, bool))
   with pytest.raises(ValueError, match='dropout: expected a rate'):
-    network.SeddConfig(dropout=1.0)
+    single_track.SeddConfig(dropout=1.0)
   seed = dataclasses.replace(CONFIG, variant='seed')
-  with pytest.raises(ValueError, match=r"variant: expected .* got 'seed'"):
-    kernel.prepare(seed, params)
+  with pytest.raises(ValueError, match=r"variant: 'seed' cannot be sampled"):
+    kernel.cached_sedd(seed).precompute(params)

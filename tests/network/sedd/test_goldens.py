@@ -63,12 +63,12 @@ def test_recorded_corruption_is_reproduced(name):
   golden = read(name)
   inputs = golden.part('inputs')
   config = sedd.single_config(golden)
-  graph = sedd._graph(golden, config.vocab)
-  got = sedd._transition_from_uniform(
+  graph = sedd.graph_of(golden, config.vocab)
+  got = sedd.transition_from_uniform(
     graph,
     inputs['transition_uniform'],
     inputs['x0'],
-    sedd._noise(golden).total(inputs['t'])[:, None],
+    sedd.noise_of(golden).total(inputs['t'])[:, None],
     lambda: inputs['transition_randint'],
   )
   np.testing.assert_array_equal(got, inputs['xt'])
@@ -83,7 +83,7 @@ def test_recipe_gives_the_recorded_parameters_or_says_so():
   }
   # First in order, so it does not depend on the others.
   small = golden_lib.Golden(golden.case, meta, golden.arrays)
-  assert sedd._dual_params(small)[name].shape == (3072,)
+  assert sedd.dual_params(small)[name].shape == (3072,)
   wrong = golden_lib.Golden(golden.case, {**meta, 'seed': 1}, golden.arrays)
   with pytest.raises(replay.GoldenError, match='recipe gives another'):
-    sedd._dual_params(wrong)
+    sedd.dual_params(wrong)

@@ -9,15 +9,14 @@ Shapes: n_batch pairs; n_protein and n_ligand tokens, the lengths of a bucket.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import hashlib
 from collections.abc import Iterator, Sequence
 
-import jax
 import numpy as np
 
 from structattn_jax.data import buckets, protein_ligand
+from structattn_jax.network.sedd.dual_track import ProteinLigand
 
 # What each mode needs: (protein, ligand).
 _NEEDS = {
@@ -27,24 +26,6 @@ _NEEDS = {
   'ligand_given_protein': (True, True),
   'protein_given_ligand': (True, True),
 }
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class PairBatch:
-  """Padded tokens of a batch; a track that the mode does not use is None.
-
-  Attributes:
-    protein: [n_batch, n_protein] int32.
-    protein_mask: [n_batch, n_protein] bool, True for tokens to be modelled.
-    ligand: [n_batch, n_ligand] int32.
-    ligand_mask: [n_batch, n_ligand] bool, True for tokens to be modelled.
-  """
-
-  protein: np.ndarray | jax.Array | None
-  protein_mask: np.ndarray | jax.Array | None
-  ligand: np.ndarray | jax.Array | None
-  ligand_mask: np.ndarray | jax.Array | None
 
 
 class PairBatches:
@@ -151,7 +132,7 @@ class PairBatches:
     """The mode of a step."""
     return self._modes[step % len(self._modes)]
 
-  def batch(self, step: int) -> PairBatch:
+  def batch(self, step: int) -> ProteinLigand:
     """The batch of a step.
 
     Args:
@@ -198,7 +179,7 @@ def cover_pairs(
   protein_buckets: Sequence[int],
   ligand_buckets: Sequence[int],
   learn_ligand_length: bool = False,
-) -> Iterator[PairBatch]:
+) -> Iterator[ProteinLigand]:
   """Batches that hold every pair that serves a mode exactly once.
 
   Args:
@@ -288,7 +269,7 @@ def _pad(
   bucket: tuple[int, int],
   rows: Sequence[int] | np.ndarray,
   learn_ligand_length: bool,
-) -> PairBatch:
+) -> ProteinLigand:
   needs_protein, needs_ligand = _NEEDS[mode]
   protein = protein_mask = ligand = ligand_mask = None
   if needs_protein:
@@ -301,4 +282,4 @@ def _pad(
     )
     if learn_ligand_length:
       ligand_mask[:] = True
-  return PairBatch(protein, protein_mask, ligand, ligand_mask)
+  return ProteinLigand(protein, ligand, protein_mask, ligand_mask)

@@ -1,5 +1,6 @@
 """Samplers: exact distributions, replays, conditions, and what they skip."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,9 +9,16 @@ import numpy as np
 import pytest
 
 from structattn_jax import discrete_diffusion as dd
-from structattn_jax.discrete_diffusion import prepared_network as kernel
-from structattn_jax.discrete_diffusion import sampling
+from structattn_jax.discrete_diffusion import (
+  absorbing,
+  literal,
+  samplers,
+  schedule,
+)
+from structattn_jax.discrete_diffusion.prepared_network import cached_sedd
+from structattn_jax.discrete_diffusion.program import ONLY
 from structattn_jax.network.sedd import dual_track as network
+from structattn_jax.network.sedd import single_track
 
 PROTEIN_VOCAB, LIGAND_VOCAB = 9, 80
 CONFIG = network.DualTrackConfig(
@@ -37,8 +45,8 @@ def chi_square_is_plausible(counts, expected) -> bool:
 
 @functools.cache
 def params_of(config=CONFIG, scale=0.15):
-  if isinstance(config, network.SeddConfig):
-    init, count = network.transform_sedd(config).init, 1
+  if isinstance(config, single_track.SeddConfig):
+    init, count = single_track.transform_sedd(config).init, 1
   else:
     init, count = network.transform_sedd_dual_track(config).init, 2
   token = jnp.zeros(2, jnp.int32)
@@ -77,7 +85,7 @@ def test_replacement_follows_chance_and_softmax(dim):
     given = given[:-1]
   drawn = np.asarray(
     jax.jit(
-      lambda logits, uniform: sampling.replace_from_uniform(
+      lambda logits, uniform: absorbing.replace_from_uniform(
         jnp.broadcast_to(logits, (count, logits.size)),
         tokens,
         np.log(chance),
@@ -99,7 +107,7 @@ def test_replacement_at_the_ends_of_the_uniforms_is_a_real_token():
   ends = np.array([0.0, np.nextafter(np.float32(1), np.float32(0))])
   for last in ends:
     uniform = np.stack([np.zeros(3), np.full(3, last)], -1).astype(np.float32)
-    drawn = sampling.replace_from_uniform(
+    drawn = absorbing.replace_from_uniform(
       logits, np.full(3, 100, np.int32), np.inf, uniform, dim=101
     )
     assert np.all((np.asarray(drawn) >= 0) & (np.asarray(drawn) < 100))
@@ -112,7 +120,7 @@ def test_closed_form_chances_are_the_literal_probabilities(predictor):
   """Of a network's logits at absorbed tokens, at the steps of a schedule."""
   sampler = dd.SamplerConfig(steps=6, predictor=predictor)
   for noise in (dd.LogLinearNoise(), dd.GeometricNoise()):
-    plan = sampling.schedule(noise, sampler)
+    plan = schedule.make_schedule(noise, sampler)
     graph = dd.Absorbing(7)
     logits = np.random.default_rng(0).standard_normal(7)
     with jax.enable_x64(True):
@@ -121,7 +129,7 @@ def test_closed_form_chances_are_the_literal_probabilities(predictor):
           np.float64(x[i]) for x in (plan.sigma, plan.dsigma, plan.rate)
         )
         amount = dsigma if predictor == 'analytic' else rate
-        got = sampling.step_probabilities(
+        got = literal.step_probabilities(
           graph,
           graph.log_score(logits, jnp.array(6), sigma),
           jnp.array(6),
@@ -136,24 +144,24 @@ def test_closed_form_chances_are_the_literal_probabilities(predictor):
 
 
 def test_loglinear_chances_of_both_predictors_are_equal():
-  plan = sampling.schedule(dd.LogLinearNoise(), dd.SamplerConfig(steps=9))
+  plan = schedule.make_schedule(dd.LogLinearNoise(), dd.SamplerConfig(steps=9))
   np.testing.assert_allclose(np.expm1(plan.dsigma), plan.rate, rtol=1e-5)
 
 
 def test_temperature_and_nucleus_change_the_choice_not_the_chance():
   probabilities = np.array([[0.05, 0.1, 0.25, 0.6], [0.2, 0.1, 0.3, 0.4]])
   tokens = np.array([3, 0])
-  cold = sampling._reshaped(probabilities, tokens, 0.5, 1.0)
+  cold = literal._reshaped(probabilities, tokens, 0.5, 1.0)
   np.testing.assert_allclose(cold[np.arange(2), tokens], [0.6, 0.2])
   np.testing.assert_allclose(np.sum(cold, -1), 1, rtol=1e-6)
   want = np.array([0.05, 0.1, 0.25]) ** 2
   np.testing.assert_allclose(cold[0, :3], 0.4 * want / want.sum(), rtol=1e-6)
-  top = sampling._reshaped(probabilities, tokens, 1.0, 0.6)
+  top = literal._reshaped(probabilities, tokens, 1.0, 0.6)
   np.testing.assert_allclose(top[0], [0, 0, 0.4, 0.6], atol=1e-7)
   np.testing.assert_allclose(top[1], [0.2, 0, 0.8 * 3 / 7, 0.8 * 4 / 7], 1e-6)
   # The closed form: the same chance, and only tokens of the nucleus.
   uniform = np.random.default_rng(0).random((20_000, 2), np.float32)
-  drawn = sampling.replace_from_uniform(
+  drawn = absorbing.replace_from_uniform(
     jnp.log(jnp.broadcast_to(probabilities[0], (20_000, 4))),
     np.full(20_000, 4, np.int32),
     np.log(4 * 0.5),
@@ -249,7 +257,7 @@ def closed_form(key, count, steps, **options):
     logits = toy_logits(tokens)
     return lambda positions: logits
 
-  return sampling.sample_absorbing_from_uniform(
+  return absorbing.sample_absorbing_from_uniform(
     network,
     TOY_VOCAB,
     uniforms,
@@ -333,10 +341,10 @@ def test_joint_samples_are_clean_and_start_absorbed(joint):
 
 def test_gathered_positions_give_the_same_samples(joint, monkeypatch):
   """The end of the network at absorbed positions only, or everywhere."""
-  monkeypatch.setattr(sampling, '_MOST_LEVELS', 1)
-  sampling._run_absorbing.clear_cache()
+  monkeypatch.setattr(absorbing, '_MOST_LEVELS', 1)
+  samplers._run.clear_cache()
   got = draw('joint', protein=20, ligand=6, return_states=True)
-  sampling._run_absorbing.clear_cache()
+  samplers._run.clear_cache()
   for track, states in joint.states.items():
     np.testing.assert_array_equal(got.states[track], states)
 
@@ -399,7 +407,7 @@ def test_network_without_time_conditioning_is_called_less():
 
 
 def test_single_track_and_uniform_graph():
-  config = network.SeddConfig(
+  config = single_track.SeddConfig(
     hidden_size=8, num_head=2, num_block=1, cond_dim=4, vocab=7
   )
   run = functools.partial(
@@ -412,17 +420,17 @@ def test_single_track_and_uniform_graph():
     sampler=dd.SamplerConfig(steps=5),
   )
   found = run()
-  assert found.tokens[kernel.ONLY].shape == (4, 5)
-  assert np.all(np.asarray(found.tokens[kernel.ONLY]) < 6)
+  assert found.tokens[ONLY].shape == (4, 5)
+  assert np.all(np.asarray(found.tokens[ONLY]) < 6)
   uniform = run(graph='uniform', noise=dd.GeometricNoise(), return_states=True)
-  states = np.asarray(uniform.states[kernel.ONLY])
+  states = np.asarray(uniform.states[ONLY])
   assert states.shape == (6, 4, 5)
   assert len(np.unique(states[0])) > 4
   assert np.any(states[0] != states[-1])
 
 
 def test_prepared_parameters_give_the_same_samples():
-  program = sampling._prepared(CONFIG, params_of(), absorbing=True)
+  program = cached_sedd(CONFIG).precompute(params_of())
   arguments = {
     'num_samples': 3,
     'mode': 'ligand_given_protein',
@@ -431,6 +439,9 @@ def test_prepared_parameters_give_the_same_samples():
     'sampler': SAMPLER,
   }
   got = dd.sample(CONFIG, program, jax.random.key(0), **arguments)
+  other = dataclasses.replace(CONFIG, num_head=1)
+  with pytest.raises(ValueError, match=r'params: prepared for .*num_head=2'):
+    dd.sample(other, program, jax.random.key(0), **arguments)
   want = draw('ligand_given_protein', protein=CONTEXT, ligand=6)
   np.testing.assert_array_equal(got.ligand, want.ligand)
 
@@ -462,6 +473,17 @@ def test_prepared_parameters_give_the_same_samples():
 def test_wrong_inputs_raise_and_name_what_is_wrong(mode, inputs, message):
   with pytest.raises(ValueError, match=message):
     draw(mode, **inputs)
+
+
+def test_seed_variant_says_that_it_cannot_be_sampled():
+  config = dataclasses.replace(CONFIG, variant='seed')
+  with pytest.raises(ValueError, match="'seed' cannot be sampled"):
+    draw('joint', config, protein=3, ligand=2)
+
+
+def test_unknown_graph_raises():
+  with pytest.raises(ValueError, match=r"kind: expected one of .* got 'blue'"):
+    draw('joint', protein=3, ligand=2, graph='blue')
 
 
 def test_wrong_sampler_options_raise():

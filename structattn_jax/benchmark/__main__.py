@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from structattn_jax.benchmark import alphafold3 as atom_cross_attention
+from structattn_jax.benchmark import alphafold3_diffusion_head as diffusion_head
 from structattn_jax.benchmark import boltz, harness, segment
 from structattn_jax.benchmark.alphafold2 import invariant_point_attention as ipa
 from structattn_jax.benchmark.alphafold2 import structure_module
@@ -16,6 +17,7 @@ SECTIONS = {
   'ipa': ipa,
   'structure_module': structure_module,
   'atom_cross_attention': atom_cross_attention,
+  'diffusion_head': diffusion_head,
   'boltz': boltz,
   'sedd': sedd,
   'pallatom': pallatom,

@@ -52,6 +52,7 @@ class AtomTable:
     element: [n_atom] str, upper-case symbol.
     charge: [n_atom] int32, formal charge.
     occupancy: [n_atom] float64.
+    b_factor: [n_atom] float64, square angstrom; 0 where the file has none.
     hetero: [n_atom] bool, True for HETATM records.
     position: [n_atom, 3] float64, angstrom; NaN where the file has none.
   """
@@ -66,6 +67,7 @@ class AtomTable:
   element: np.ndarray
   charge: np.ndarray
   occupancy: np.ndarray
+  b_factor: np.ndarray
   hetero: np.ndarray
   position: np.ndarray
 
@@ -263,6 +265,7 @@ def _read_pdb(
         element,
         _pdb_charge(line[78:80]),
         _float_or(line[54:60], 1.0),
+        _float_or(line[60:66], 0.0),
         hetero,
         position,
         model,
@@ -283,6 +286,7 @@ def _read_pdb(
     element,
     charge,
     occupancy,
+    b_factor,
     hetero,
     position,
     model_of_atom,
@@ -298,6 +302,7 @@ def _read_pdb(
     'element': np.array(element, dtype=str),
     'charge': np.array(charge, dtype=np.int32),
     'occupancy': np.array(occupancy, dtype=np.float64),
+    'b_factor': np.nan_to_num(np.array(b_factor), posinf=0, neginf=0),
     'hetero': np.array(hetero, dtype=bool),
     'position': np.array(position, dtype=np.float64),
   }
@@ -391,6 +396,9 @@ def _cif_columns(
   occupancy = np.ones(n_atom)
   if 'occupancy' in site:
     occupancy = site['occupancy'].as_array(np.float64, 1.0)
+  b_factor = np.zeros(n_atom)
+  if 'B_iso_or_equiv' in site:
+    b_factor = site['B_iso_or_equiv'].as_array(np.float64, 0.0)
   columns = {
     'chain_id': text('auth_asym_id', 'label_asym_id'),
     'entity_chain': text('label_asym_id'),
@@ -402,6 +410,7 @@ def _cif_columns(
     'element': element,
     'charge': number(text('pdbx_formal_charge'), np.int32, 0),
     'occupancy': occupancy,
+    'b_factor': np.nan_to_num(b_factor, posinf=0, neginf=0),
     'hetero': hetero,
     'position': np.stack([coordinate(f'Cartn_{x}') for x in 'xyz'], axis=-1),
   }

@@ -79,6 +79,8 @@ class Structure:
     mol_blocks: residue index -> MDL mol block, for ligands from an SDF.
     model: 1-based position of the model in the file.
     n_models: number of models in the file.
+    b_factor: [n_atom] float32, square angstrom, 0 where the file has none;
+      None: not read.
   """
 
   name: str
@@ -98,6 +100,7 @@ class Structure:
   mol_blocks: Mapping[int, str]
   model: int = 1
   n_models: int = 1
+  b_factor: np.ndarray | None = None
 
   @property
   def n_residue(self) -> int:
@@ -317,6 +320,7 @@ def _build(
     mol_blocks=types.MappingProxyType({}),
     model=model,
     n_models=n_models,
+    b_factor=table.b_factor[keep].astype(np.float32),
   )
 
 
@@ -443,5 +447,8 @@ def _add_molecule(
     charge=append(structure.charge, molecule.charges),
     occupancy=append(structure.occupancy, np.ones(n_atom, np.float32)),
     position=append(structure.position, molecule.position),
+    b_factor=None
+    if structure.b_factor is None
+    else append(structure.b_factor, np.zeros(n_atom, np.float32)),
     mol_blocks=types.MappingProxyType(blocks),
   )

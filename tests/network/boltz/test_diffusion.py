@@ -23,6 +23,7 @@ ATOM_FIELDS = (
   'ref_space_uid',
   'atom_mask',
   'atom_to_token',
+  'atom_backbone_feat',
 )
 GOLDENS = pathlib.Path(__file__).parents[2] / 'goldens/boltz_diffusion'
 
@@ -206,6 +207,7 @@ def test_memory_is_linear_in_atoms(version):
     atoms = {
       name: np.concatenate([np.asarray(getattr(case.features, name))] * copies)
       for name in ATOM_FIELDS
+      if getattr(case.features, name) is not None
     }
     features = dataclasses.replace(case.features, **atoms)
     _, precompute, denoise = boltz.cached_diffusion(config)

@@ -5,7 +5,12 @@ import sys
 from collections.abc import Sequence
 
 from structattn_jax.benchmark import alphafold3 as atom_cross_attention
-from structattn_jax.benchmark import boltz, harness, segment
+from structattn_jax.benchmark import (
+  boltz,
+  boltz_diffusion,
+  harness,
+  segment,
+)
 from structattn_jax.benchmark.alphafold2 import invariant_point_attention as ipa
 from structattn_jax.benchmark.alphafold2 import structure_module
 from structattn_jax.benchmark.pallatom import atom_transformers as pallatom
@@ -17,6 +22,7 @@ SECTIONS = {
   'structure_module': structure_module,
   'atom_cross_attention': atom_cross_attention,
   'boltz': boltz,
+  'boltz_diffusion': boltz_diffusion,
   'sedd': sedd,
   'pallatom': pallatom,
 }

@@ -22,14 +22,12 @@ import dataclasses
 import hashlib
 import io
 import json
-import lzma
+import math
 import os
 import pathlib
 import secrets
-import struct
 import types
 import zipfile
-import zlib
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -37,13 +35,13 @@ import haiku as hk
 import jax.numpy as jnp
 import numpy as np
 
-from structattn_jax.common import base_config
+from structattn_jax.common import base_config, files
 
 FORMAT = 'structattn_jax parameters'
 VERSION = 1
 SUFFIXES = ('.safetensors', '.npz')
 
-Path = str | os.PathLike[str]
+Path = files.Path
 
 METADATA = '__metadata__'
 _SAFETENSORS_KEY = 'structattn_jax'
@@ -63,27 +61,12 @@ _SAFETENSORS_DTYPES: dict[str, np.dtype] = {
   'F32': np.dtype('<f4'),
   'F64': np.dtype('<f8'),
 }
-# What zipfile and NumPy are known to raise on damaged archives.
-_DAMAGE = (
-  zipfile.BadZipFile,
-  zlib.error,
-  lzma.LZMAError,
-  struct.error,
-  EOFError,
-  OSError,
-  ValueError,
-  SyntaxError,
-  TypeError,
-  KeyError,
-  IndexError,
-  OverflowError,
-  MemoryError,
-  NotImplementedError,
-  RuntimeError,
-)
+# More than any real file has: each of them takes time.
+_MAX_MEMBERS = 2**15
+_MAX_HEADER = 2**24
 
 
-class CheckpointError(ValueError):
+class CheckpointError(files.FileError):
   """A checkpoint is missing, damaged, foreign, or not what is expected."""
 
 
@@ -153,8 +136,12 @@ def check_suffix(path: Path) -> pathlib.Path:
   return path
 
 
+@files.guarded(CheckpointError)
 def load(
-  path: Path, config_class: type[base_config.BaseConfig] | None = None
+  path: Path,
+  config_class: type[base_config.BaseConfig] | None = None,
+  *,
+  allow_nan: bool = False,
 ) -> Checkpoint:
   """Reads a file that `save` wrote, whatever its suffix.
 
@@ -162,13 +149,15 @@ def load(
     path: file to read.
     config_class: class of the configuration; None finds the class by its name
       among those that are defined. Given, the file must agree.
+    allow_nan: whether parameters may be infinite or no numbers.
 
   Returns:
     The content, with every dtype as saved.
 
   Raises:
     CheckpointError: if the file is missing, damaged, of another origin, of a
-      later version, or if its configuration is not valid any more.
+      later version, if its configuration is not valid any more, or if
+      parameters are not finite.
     ImportError: if it is a safetensors file and the package is not installed.
   """
   path = pathlib.Path(path)
@@ -208,9 +197,27 @@ def load(
   except (TypeError, ValueError) as error:
     raise CheckpointError(f'{path}: {error}') from None
   provenance = _json_object(path, 'the provenance', metadata['provenance'])
+  if not all(isinstance(text, str) for text in provenance.values()):
+    raise CheckpointError(f'{path}: the provenance is not text by name')
+  if not allow_nan:
+    check_finite(path, arrays)
   return Checkpoint(
     _unflatten(arrays), config, types.MappingProxyType(provenance)
   )
+
+
+def check_finite(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+  """Raises a CheckpointError naming the arrays with a NaN or an infinity."""
+  bad = [
+    name
+    for name, array in arrays.items()
+    if jnp.issubdtype(array.dtype, jnp.inexact) and not np.isfinite(array).all()
+  ]
+  if bad:
+    raise CheckpointError(
+      f'{path}: not finite numbers (NaN or infinite) in {files.listed(bad)}; '
+      '`allow_nan` takes them as they are'
+    )
 
 
 def is_zip(path: Path) -> bool:
@@ -228,13 +235,14 @@ def first_bytes(path: Path, count: int) -> bytes:
   Raises:
     CheckpointError: if the file cannot be read.
   """
-  try:
-    with open(path, 'rb') as file:
-      return file.read(count)
-  except OSError as error:
-    raise CheckpointError(f'{path}: {error.strerror or error}') from None
+  with (
+    files.guard(path, CheckpointError, 'cannot be read'),
+    open(path, 'rb') as file,
+  ):
+    return file.read(count)
 
 
+@files.guarded(CheckpointError, 'damaged or not an npz file')
 def npz_names(path: Path) -> list[str]:
   """Names of the arrays of an npz file, in file order.
 
@@ -243,11 +251,8 @@ def npz_names(path: Path) -> list[str]:
   """
   if not is_zip(path):
     raise CheckpointError(f'{path}: not an npz file')
-  try:
-    with zipfile.ZipFile(path) as archive:
-      names = archive.namelist()
-  except _DAMAGE as error:
-    raise _damaged(path, error) from None
+  with zipfile.ZipFile(path) as archive:
+    names = archive.namelist()
   if any(name.endswith('/data.pkl') for name in names):
     raise CheckpointError(f'{path}: a PyTorch checkpoint, not an npz file')
   foreign = [name for name in names if not name.endswith('.npy')]
@@ -258,17 +263,24 @@ def npz_names(path: Path) -> list[str]:
   counted = collections.Counter(names)
   twice = sorted(name for name, count in counted.items() if count > 1)
   if twice:
-    raise CheckpointError(f'{path}: entries that occur twice: {twice}')
+    raise CheckpointError(
+      f'{path}: entries that occur twice: {files.listed(twice)}'
+    )
+  if len(names) > _MAX_MEMBERS:
+    raise CheckpointError(
+      f'{path}: {len(names):,} arrays, which is more than {_MAX_MEMBERS:,}'
+    )
   return [name.removesuffix('.npy') for name in names]
 
 
+@files.guarded(CheckpointError, 'damaged or not an npz file')
 def read_npz(
   path: Path, names: Collection[str] | None = None
 ) -> dict[str, np.ndarray]:
   """Reads arrays of an npz file without unpickling anything.
 
   Unlike `numpy.load` this reads members to their end, so that the checksum of
-  each is always compared.
+  each is always compared. Sizes are compared before anything is inflated.
 
   Args:
     path: file to read.
@@ -278,23 +290,21 @@ def read_npz(
     {name: array}, in file order.
 
   Raises:
-    CheckpointError: if the file cannot be read, is damaged, or if an array
-      holds Python objects.
+    CheckpointError: if the file cannot be read, is damaged, would inflate out
+      of all proportion, or if an array holds Python objects.
   """
   wanted = npz_names(path)
   if names is not None:
     wanted = [name for name in wanted if name in names]
-  arrays = {}
-  try:
-    with zipfile.ZipFile(path) as archive:
-      for name in wanted:
-        stream = io.BytesIO(archive.read(f'{name}.npy'))
-        arrays[name] = _read_array(stream, path, name)
-  except CheckpointError:
-    raise
-  except _DAMAGE as error:
-    raise _damaged(path, error) from None
-  return arrays
+  with zipfile.ZipFile(path) as archive:
+    members = {name: archive.getinfo(f'{name}.npy') for name in wanted}
+    inflated = sum(member.file_size for member in members.values())
+    size = os.path.getsize(path)
+    files.check_unfolded(path, size, inflated, CheckpointError)
+    return {
+      name: _read_array(path, archive, member)
+      for name, member in members.items()
+    }
 
 
 def write_atomically(path: Path, content: bytes) -> None:
@@ -327,27 +337,31 @@ def _temporary(path: pathlib.Path) -> pathlib.Path:
   return path.with_name(f'.{path.name}.{secrets.token_hex(4)}.tmp')
 
 
-def _read_array(stream: io.BytesIO, path: Path, name: str) -> np.ndarray:
-  version = np.lib.format.read_magic(stream)
-  if version == (1, 0):
-    _, _, dtype = np.lib.format.read_array_header_1_0(stream)
-  else:
-    _, _, dtype = np.lib.format.read_array_header_2_0(stream)
-  if dtype.hasobject:
-    raise CheckpointError(
-      f'{path}: {name} holds pickled Python objects, which can run code; they '
-      'are never read'
-    )
-  stream.seek(0)
-  array = np.lib.format.read_array(stream, allow_pickle=False)
-  if stream.read(1):
-    raise CheckpointError(f'{path}: damaged: bytes left over after {name}')
-  return array
-
-
-def _damaged(path: Path, error: Exception) -> CheckpointError:
-  text = ' '.join(str(error).split()) or type(error).__name__
-  return CheckpointError(f'{path}: damaged or not an npz file: {text}')
+def _read_array(
+  path: Path, archive: zipfile.ZipFile, member: zipfile.ZipInfo
+) -> np.ndarray:
+  name = member.filename.removesuffix('.npy')
+  if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+    raise CheckpointError(f'{path}: {name} is compressed as NumPy never does')
+  with archive.open(member) as stream:
+    version = np.lib.format.read_magic(stream)
+    if version == (1, 0):
+      shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+    else:
+      shape, _, dtype = np.lib.format.read_array_header_2_0(stream)
+    if dtype.hasobject:
+      raise CheckpointError(
+        f'{path}: {name} holds pickled Python objects, which can run code; '
+        'they are never read'
+      )
+    size = stream.tell() + math.prod(shape) * dtype.itemsize
+    if size != member.file_size or not dtype.itemsize:
+      raise CheckpointError(
+        f'{path}: damaged: {name} has {member.file_size:,} bytes, but '
+        f'{dtype} {files.shown(shape)} needs {size:,}'
+      )
+    stream.seek(0)
+    return np.lib.format.read_array(stream, allow_pickle=False)
 
 
 def _flatten(params: Mapping[str, Mapping[str, Any]]) -> dict[str, np.ndarray]:
@@ -358,7 +372,7 @@ def _flatten(params: Mapping[str, Mapping[str, Any]]) -> dict[str, np.ndarray]:
     if not isinstance(values, Mapping) or not values:
       raise ValueError(
         f'params[{module!r}]: expected {{name: array}} with at least one '
-        f'array, got {values!r}'
+        f'array, got {files.shown(values)}'
       )
     if '//' in f'{module}/':
       raise ValueError(f"params: module {module!r} contains '//' or ends in /")
@@ -420,6 +434,7 @@ def _npz_bytes(
   return buffer.getvalue()
 
 
+@files.guarded(CheckpointError, 'damaged or not a safetensors file')
 def read_safetensors(
   path: Path,
 ) -> tuple[dict[str, np.ndarray], str | None]:
@@ -444,15 +459,12 @@ def read_safetensors(
   _safetensors()
   import safetensors
 
+  size = int.from_bytes(start[:8], 'little')
+  if size > _MAX_HEADER:
+    raise CheckpointError(f'{path}: damaged: a header of {size:,} bytes')
   content = pathlib.Path(path).read_bytes()
-  try:
-    tensors = dict(safetensors.deserialize(content))
-    size = int.from_bytes(content[:8], 'little')
-    metadata = json.loads(content[8 : 8 + size]).get(METADATA, {})
-  except (safetensors.SafetensorError, ValueError) as error:
-    raise CheckpointError(
-      f'{path}: damaged or not a safetensors file: {error}'
-    ) from None
+  tensors = dict(safetensors.deserialize(content))
+  metadata = json.loads(content[8 : 8 + size]).get(METADATA) or {}
   arrays = {}
   for key in sorted(tensors):
     entry = tensors[key]
@@ -484,10 +496,8 @@ def _text(provenance: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _json_object(path: Path, what: str, text: Any) -> dict[str, Any]:
-  try:
+  with files.guard(path, CheckpointError, f'{what} is not JSON'):
     values = json.loads(text)
-  except (TypeError, ValueError) as error:
-    raise CheckpointError(f'{path}: {what} is not JSON: {error}') from None
   if not isinstance(values, dict):
     raise CheckpointError(f'{path}: {what} is not a JSON object')
   return values

@@ -35,6 +35,7 @@ from structattn_jax import (
   training,
 )
 from structattn_jax.apps import demo, generate, sample
+from structattn_jax.common import files
 from structattn_jax.network.sedd import dual_track as sedd_dual_track
 from structattn_jax.verification import verify
 
@@ -58,8 +59,7 @@ _EXTRAS = {
 }
 # Errors that are about what the user gave, not about this program.
 _EXPECTED = (
-  checkpoint.CheckpointError,
-  data.PairFileError,
+  files.FileError,
   data.StructureFileError,
   generate.GenerateError,
   sample.SampleError,
@@ -163,6 +163,11 @@ def _add_convert(commands: Any) -> None:
     choices=('model', 'ema'),
     help='trained values or their moving averages, where a file has both '
     '(default: what upstream runs with)',
+  )
+  parser.add_argument(
+    '--allow-nan',
+    action='store_true',
+    help='take parameters that are not finite, which are an error otherwise',
   )
   parser.set_defaults(function=_convert)
   parser = commands.add_parser(
@@ -337,7 +342,11 @@ def _convert(options: argparse.Namespace) -> int:
   with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter('always', convert.DeadParametersWarning)
     written = convert.convert_file(
-      options.input, options.output, options.part, weights=options.weights
+      options.input,
+      options.output,
+      options.part,
+      weights=options.weights,
+      allow_nan=options.allow_nan,
     )
   for warning in caught:
     print(f'structattn: warning: {warning.message}', file=sys.stderr)
@@ -349,7 +358,7 @@ def _info(options: argparse.Namespace) -> int:
   if options.file is None:
     print(_installation())
     return 0
-  content = checkpoint.load(options.file)
+  content = checkpoint.load(options.file, allow_nan=True)
   print(f'{options.file}: {convert.describe(content)}')
   return 0
 
@@ -462,9 +471,11 @@ def _sample(options: argparse.Namespace) -> int:
   except ValueError as error:
     raise generate.GenerateError(str(error)) from None
   if options.training is not None:
-    known = data.read_pairs(options.training)
+    known = data.read_pairs(
+      options.training, lone_proteins=True, lone_ligands=True
+    )
   elif model.settings is not None:
-    known = training.read_pairs(model.settings.data)
+    known = training.read_pairs(model.settings)
   else:
     known = None
   samples = generate.generate(

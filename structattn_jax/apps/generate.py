@@ -21,6 +21,7 @@ import jax
 import numpy as np
 
 from structattn_jax import checkpoint, data, discrete_diffusion, training
+from structattn_jax.common import files
 from structattn_jax.data import sample_metrics
 from structattn_jax.network.sedd import dual_track as sedd_dual_track
 from structattn_jax.training import checkpoints, loop, objective, state
@@ -122,6 +123,14 @@ def load_model(
     GenerateError: if it is no dual-track model, or on an unusable vocabulary.
   """
   path = pathlib.Path(path)
+  known = (GenerateError, training.RunError)
+  with files.guard(path, checkpoint.CheckpointError, passes=known):
+    return _load_model(path, vocabulary)
+
+
+def _load_model(
+  path: pathlib.Path, vocabulary: str | pathlib.Path | None
+) -> Model:
   if path.is_dir() and not (path / loop.MODEL_FILE).exists():
     content = _running(path)
   else:
@@ -147,7 +156,7 @@ def load_model(
     )
   lengths = {
     track: {
-      int(n): count
+      _size(n): _size(count)
       for n, count in json.loads(stored.get(f'{track}_lengths', '{}')).items()
     }
     for track in _TRACKS
@@ -160,6 +169,13 @@ def load_model(
     lengths=lengths,
     settings=settings,
   )
+
+
+def _size(value: Any) -> int:
+  """A length in tokens, or a number of pairs."""
+  if not 0 < int(value) < 2**31:
+    raise ValueError(f'no length or number of pairs: {files.shown(value)}')
+  return int(value)
 
 
 def _running(folder: pathlib.Path) -> checkpoint.Checkpoint:

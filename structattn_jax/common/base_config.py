@@ -19,12 +19,17 @@ import difflib
 import json
 import numbers
 import os
-import pathlib
 import tomllib
 import types
 import typing
 from collections.abc import Mapping
-from typing import Any, Literal, Self, Union
+from typing import Any, ClassVar, Literal, Self, Union
+
+from structattn_jax.common import files
+
+# Of a TOML file. A key with many dots takes its square in time.
+_MAX_TOML = 2**18
+_MAX_DOTS = 128
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,20 +37,25 @@ class BaseConfig:
   """Base of all configs; subclasses add fields with defaults.
 
   Types are checked whenever a config is made, whether by the constructor, by
-  `dataclasses.replace` or from a file.
+  `dataclasses.replace` or from a file. Integers are sizes and counts: none is
+  negative, nor larger than anything that could be computed.
 
   Raises:
     TypeError: if a field has the wrong type; the message names
       `Class.field`, the expected type and the value given.
-    ValueError: if a `Literal` field has another value than those listed.
+    ValueError: if a `Literal` field has another value than those listed, or an
+      integer is negative or above `largest`.
   """
+
+  # Of the integers of a config; classes that count steps have more.
+  largest: ClassVar[int] = 2**20
 
   def __post_init__(self) -> None:
     hints = typing.get_type_hints(type(self))
     for field in dataclasses.fields(self):
       where = f'{type(self).__name__}.{field.name}'
       value = getattr(self, field.name)
-      checked = _check_type(where, value, hints[field.name])
+      checked = _check_type(where, value, hints[field.name], self.largest)
       if checked is not value:
         object.__setattr__(self, field.name, checked)
 
@@ -79,7 +89,7 @@ class BaseConfig:
         close = difflib.get_close_matches(str(key), names, n=1)
         hint = f'; did you mean {close[0]!r}?' if close else ''
         raise ValueError(
-          f'{cls.__name__}: unknown key {key!r}{hint} '
+          f'{cls.__name__}: unknown key {files.shown(key)}{hint} '
           f'(known keys: {", ".join(names) or "none"})'
         )
     return cls(**values)
@@ -95,18 +105,23 @@ class BaseConfig:
       The config.
 
     Raises:
-      ValueError: if the file is not TOML or has an unknown key.
+      ValueError: if the file is not TOML, has an unknown key, or a value that
+        cannot be.
       TypeError: on a value of the wrong type.
       FileNotFoundError: if there is no such file.
     """
-    try:
-      values = tomllib.loads(pathlib.Path(path).read_text(encoding='utf-8'))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-      raise ValueError(f'{os.fspath(path)}: not a TOML file: {error}') from None
+    with files.guard(path, what='not a TOML file', passes=(OSError,)):
+      text = files.read_text(path, _MAX_TOML)
+      dots = max(line.count('.') for line in text.split('\n'))
+      if dots > _MAX_DOTS:
+        raise ValueError(f'a line with {dots:,} dots')
+      values = tomllib.loads(text)
     try:
       return cls.from_dict(values)
-    except (TypeError, ValueError) as error:
-      raise type(error)(f'{os.fspath(path)}: {error}') from None
+    except TypeError as error:
+      raise TypeError(files.short(f'{os.fspath(path)}: {error}')) from None
+    except ValueError as error:
+      raise files.FileError(f'{os.fspath(path)}: {error}') from None
 
   def to_dict(self) -> dict[str, Any]:
     """Returns the config as nested plain dictionaries."""
@@ -124,7 +139,7 @@ class BaseConfig:
     return '\n'.join(_toml_lines(self)) + '\n'
 
 
-def _check_type(where: str, value: Any, hint: Any) -> Any:
+def _check_type(where: str, value: Any, hint: Any, largest: int) -> Any:
   """Returns `value`, made plain where harmless, or raises naming `where`."""
   origin, options = typing.get_origin(hint), typing.get_args(hint)
   if origin in (Union, types.UnionType):
@@ -134,7 +149,7 @@ def _check_type(where: str, value: Any, hint: Any) -> Any:
     if value == 'none' and str not in options:  # TOML has no null.
       return None
     if len(options) == 1:
-      return _check_type(where, value, options[0])
+      return _check_type(where, value, options[0], largest)
     raise TypeError(f'{where}: unions other than `X | None` are not supported')
   if origin is Literal:
     for option in options:
@@ -142,11 +157,14 @@ def _check_type(where: str, value: Any, hint: Any) -> Any:
       if type(value) is type(option) and value == option:
         return option
     raise ValueError(
-      f'{where}: expected one of {", ".join(map(repr, options))}, got {value!r}'
+      f'{where}: expected one of {", ".join(map(repr, options))}, got '
+      f'{files.shown(value)}'
     )
   if origin is tuple:
     if not isinstance(value, (tuple, list)):
-      raise TypeError(f'{where}: expected a list of values, got {value!r}')
+      raise TypeError(
+        f'{where}: expected a list of values, got {files.shown(value)}'
+      )
     if len(options) == 2 and options[1] is Ellipsis:
       options = (options[0],) * len(value)
     if len(value) != len(options):
@@ -154,7 +172,7 @@ def _check_type(where: str, value: Any, hint: Any) -> Any:
         f'{where}: expected {len(options)} values, got {len(value)}'
       )
     return tuple(
-      _check_type(f'{where}[{i}]', item, option)
+      _check_type(f'{where}[{i}]', item, option, largest)
       for i, (item, option) in enumerate(zip(value, options, strict=True))
     )
   if isinstance(hint, type) and issubclass(hint, BaseConfig):
@@ -167,15 +185,26 @@ def _check_type(where: str, value: Any, hint: Any) -> Any:
   # bool is an int in Python; a flag given for a size is a mistake.
   elif hint is int and isinstance(value, numbers.Integral):
     if not isinstance(value, bool):
+      if not 0 <= value <= largest:
+        raise ValueError(
+          f'{where}: expected an integer from 0 to {largest:,}, got '
+          f'{files.shown(int(value))}'
+        )
       return value if type(value) is int else int(value)
   elif hint is float and isinstance(value, numbers.Real):
     if not isinstance(value, bool):
-      return value if type(value) is float else float(value)
+      try:
+        return value if type(value) is float else float(value)
+      except OverflowError:
+        raise ValueError(
+          f'{where}: expected float, got {files.shown(value)}'
+        ) from None
   elif hint is str and isinstance(value, str):
     return value
   name = getattr(hint, '__name__', str(hint))
   raise TypeError(
-    f'{where}: expected {name}, got {type(value).__name__} ({value!r})'
+    f'{where}: expected {name}, got {type(value).__name__} '
+    f'({files.shown(value)})'
   )
 
 

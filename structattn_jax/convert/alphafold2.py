@@ -21,6 +21,7 @@ import numpy as np
 
 from structattn_jax import checkpoint
 from structattn_jax.checkpoint import CheckpointError
+from structattn_jax.common import files
 from structattn_jax.network.alphafold2 import invariant_point_attention as ipa
 from structattn_jax.network.alphafold2 import structure_module
 
@@ -195,24 +196,27 @@ def structure_module_table(variant: Variant) -> Table:
   return table
 
 
+@files.guarded(CheckpointError)
 def load_ipa(
-  path: checkpoint.Path, *, scope: str = IPA_SCOPE
+  path: checkpoint.Path, *, scope: str = IPA_SCOPE, allow_nan: bool = False
 ) -> tuple[ipa.InvariantPointAttentionConfig, hk.Params]:
   """Reads invariant point attention from an AlphaFold 2 checkpoint.
 
   Args:
     path: `params_model_*.npz` or a file like it.
     scope: module path of the attention in the file.
+    allow_nan: whether values may be infinite or no numbers.
 
   Returns:
     The configuration, and parameters as float32 NumPy arrays for
     `transform_ipa(config)`.
 
   Raises:
-    CheckpointError: if the file is damaged or foreign; or if entries are
-      missing, unknown or of a wrong shape or dtype, listing all of them.
+    CheckpointError: if the file is damaged or foreign; if entries are missing,
+      unknown or of a wrong shape or dtype, listing them; or if values are not
+      finite.
   """
-  variant, arrays, sizes = _read(path, scope, ipa_table)
+  variant, arrays, sizes = _read(path, scope, ipa_table, allow_nan)
   config = ipa.InvariantPointAttentionConfig(
     parameterisation=variant,
     num_channel=sizes['num_channel'],
@@ -221,14 +225,19 @@ def load_ipa(
   return config, _params(arrays, 'invariant_point_attention')
 
 
+@files.guarded(CheckpointError)
 def load_structure_module(
-  path: checkpoint.Path, *, scope: str = STRUCTURE_MODULE_SCOPE
+  path: checkpoint.Path,
+  *,
+  scope: str = STRUCTURE_MODULE_SCOPE,
+  allow_nan: bool = False,
 ) -> tuple[structure_module.StructureModuleConfig, hk.Params]:
   """Reads the structure module from an AlphaFold 2 checkpoint.
 
   Args:
     path: `params_model_*.npz` or a file like it.
     scope: module path of the structure module in the file.
+    allow_nan: whether values may be infinite or no numbers.
 
   Returns:
     The configuration, with the published number of iterations, dropout and
@@ -238,7 +247,7 @@ def load_structure_module(
   Raises:
     CheckpointError: as `load_ipa`.
   """
-  variant, arrays, sizes = _read(path, scope, structure_module_table)
+  variant, arrays, sizes = _read(path, scope, structure_module_table, allow_nan)
   make = {
     'monomer': structure_module.StructureModuleConfig,
     'multimer': structure_module.StructureModuleConfig.multimer,
@@ -262,7 +271,10 @@ def _params(arrays: Mapping[str, np.ndarray], module: str) -> hk.Params:
 
 
 def _read(
-  path: checkpoint.Path, scope: str, make_table: Callable[[Variant], Table]
+  path: checkpoint.Path,
+  scope: str,
+  make_table: Callable[[Variant], Table],
+  allow_nan: bool,
 ) -> tuple[Variant, dict[str, np.ndarray], dict[str, int]]:
   """Reads everything below `scope` and checks it against the table."""
   scope = scope.strip('/')
@@ -297,7 +309,11 @@ def _read(
       f'{what} {_full(name, scope)}{detail}' for what, name, detail in problems
     ]
     raise CheckpointError(
-      f'{path}: does not fit the {variant} parameters: {"; ".join(listed)}'
+      f'{path}: does not fit the {variant} parameters: {files.listed(listed)}'
+    )
+  if not allow_nan:
+    checkpoint.check_finite(
+      path, {_full(name, scope): array for name, array in arrays.items()}
     )
   return variant, arrays, sizes
 

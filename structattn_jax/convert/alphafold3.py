@@ -22,6 +22,7 @@ import numpy as np
 
 from structattn_jax import checkpoint
 from structattn_jax.checkpoint import CheckpointError
+from structattn_jax.common import files
 from structattn_jax.convert import record_file
 from structattn_jax.network.alphafold3 import atom_cross_attention as published
 from structattn_jax.network.alphafold3 import transformer_parameters as tp
@@ -143,6 +144,7 @@ def load_atom_cross_att(
   *,
   scope: str | None = None,
   model: str | None = None,
+  allow_nan: bool = False,
 ) -> tuple[published.AtomCrossAttConfig, hk.Params]:
   """Reads one copy of the atom encoder, with its decoder if it has one.
 
@@ -151,40 +153,50 @@ def load_atom_cross_att(
     copy: 'diffusion' or 'evoformer_conditioning'.
     scope: module path in front of the names; None takes the published one.
     model: which model of a folder with several.
+    allow_nan: whether values may be infinite or no numbers.
 
   Returns:
     The configuration, and parameters as float32 NumPy arrays for the functions
     of `network.alphafold3` with `prefix=copy`.
 
   Raises:
-    CheckpointError: if files are missing or damaged; or if entries are
-      missing, unknown or of a wrong shape or dtype, listing all of them.
+    CheckpointError: if files are missing or damaged; if entries are missing,
+      unknown, twice with other values, or of a wrong shape or dtype, listing
+      them; or if values are not finite.
     ImportError: if the file is compressed and zstandard is not installed.
   """
   if copy not in SCOPES:
     raise ValueError(f'copy: expected one of {[*SCOPES]}, got {copy!r}')
-  scope = SCOPES[copy] if scope is None else scope.strip('/')
-  outer = f'{scope}/' if scope else ''
-  params, sizes = _load(
-    path, model, outer, f'{outer}{copy}_', atom_cross_att_table(copy)
-  )
-  encoder = _cross_att_config(sizes, '')
-  decoder = _cross_att_config(sizes, "'") if copy == 'diffusion' else encoder
-  config = published.AtomCrossAttConfig(
-    per_token_channels=sizes['D'],
-    per_atom_channels=sizes['C'],
-    per_atom_pair_channels=sizes['P'],
-    atom_transformer=encoder,
-    decoder_transformer=None if decoder == encoder else decoder,
-  )
-  return config, params
+  with files.guard(path, CheckpointError):
+    scope = SCOPES[copy] if scope is None else scope.strip('/')
+    outer = f'{scope}/' if scope else ''
+    params, sizes = _load(
+      path,
+      model,
+      outer,
+      f'{outer}{copy}_',
+      atom_cross_att_table(copy),
+      allow_nan,
+    )
+    encoder = _cross_att_config(sizes, '')
+    decoder = _cross_att_config(sizes, "'") if copy == 'diffusion' else encoder
+    config = published.AtomCrossAttConfig(
+      per_token_channels=sizes['D'],
+      per_atom_channels=sizes['C'],
+      per_atom_pair_channels=sizes['P'],
+      atom_transformer=encoder,
+      decoder_transformer=None if decoder == encoder else decoder,
+    )
+    return config, params
 
 
+@files.guarded(CheckpointError)
 def load_transformer(
   path: checkpoint.Path,
   *,
   scope: str = TRANSFORMER_SCOPE,
   model: str | None = None,
+  allow_nan: bool = False,
 ) -> tuple[tp.TransformerConfig, hk.Params]:
   """Reads the token transformer of the diffusion head.
 
@@ -192,6 +204,7 @@ def load_transformer(
     path: a folder, the file of a model, or any of its shards.
     scope: its module path.
     model: which model of a folder with several.
+    allow_nan: whether values may be infinite or no numbers.
 
   Returns:
     The configuration, and parameters as float32 NumPy arrays for
@@ -202,7 +215,9 @@ def load_transformer(
     ImportError: as `load_atom_cross_att`.
   """
   outer = f'{scope.strip("/")}/'
-  params, sizes = _load(path, model, outer, outer, transformer_table())
+  params, sizes = _load(
+    path, model, outer, outer, transformer_table(), allow_nan
+  )
   config = tp.TransformerConfig(
     attention=tp.SelfAttentionConfig(
       num_head=sizes['H'],
@@ -294,6 +309,7 @@ def _load(
   outer: str,
   prefix: str,
   table: Table,
+  allow_nan: bool,
 ) -> tuple[hk.Params, dict[str, int]]:
   """Reads all below `prefix`, without `outer`, and checks it."""
   arrays: dict[tuple[str, str], np.ndarray] = {}
@@ -307,8 +323,13 @@ def _load(
   last = ''
   for record in record_file.read_records(path, keep=keep, model=model):
     last = f'{record.scope}//{record.name}'
-    # As published: what comes later wins.
-    arrays[record.scope.removeprefix(outer), record.name] = record.array
+    key = (record.scope.removeprefix(outer), record.name)
+    # The published reader takes the last one.
+    known = arrays.setdefault(key, record.array)
+    if known.dtype != record.array.dtype or not np.array_equal(
+      known, record.array, equal_nan=True
+    ):
+      raise CheckpointError(f'{path}: {last} occurs twice, with other values')
   if not arrays:
     found = ', '.join(list(others)[:3])
     raise CheckpointError(
@@ -346,7 +367,15 @@ def _load(
       cut = f' (the last record of them is {last}; is the file cut after it?)'
     raise CheckpointError(
       f'{path}: does not fit the AlphaFold 3 parameters {prefix}...{cut}: '
-      f'{"; ".join(problems)}'
+      f'{files.listed(problems)}'
+    )
+  if not allow_nan:
+    checkpoint.check_finite(
+      path,
+      {
+        f'{outer}{module}//{name}': array
+        for (module, name), array in known.items()
+      },
     )
   params: dict[str, Any] = {}
   for module, name in table:

@@ -32,7 +32,7 @@ import haiku as hk
 
 from structattn_jax import checkpoint
 from structattn_jax.checkpoint import CheckpointError
-from structattn_jax.common import base_config
+from structattn_jax.common import base_config, files
 from structattn_jax.convert import boltz_names as names
 from structattn_jax.convert import state_dicts
 from structattn_jax.convert.state_dicts import Loaded, State, Table, Weights
@@ -98,6 +98,7 @@ class _Source(NamedTuple):
   state: State
   settings: Mapping[str, Any]
   is_boltz2: bool
+  allow_nan: bool
   taken: set[str]  # Names of tensors that a part has used.
 
 
@@ -107,11 +108,12 @@ def load_boltz(
   *,
   weights: Weights | None = None,
   hyper_parameters: Mapping[str, Any] | None = None,
+  allow_nan: bool = False,
 ) -> tuple[base_config.BaseConfig, hk.Params]:
   """Reads one part of a Boltz-1 or Boltz-2 checkpoint.
 
     >>> config, params = load_boltz('boltz1_conf.ckpt')  # doctest: +SKIP
-    >>> model = transform_boltz_atom_attention(config)  # doctest: +SKIP
+    >>> model = cached_atom_attention(config)  # doctest: +SKIP
     >>> context = model.precompute(params, features, s, z)  # doctest: +SKIP
 
   Args:
@@ -121,38 +123,47 @@ def load_boltz(
       the moving averages of a training run. None takes 'model'.
     hyper_parameters: upstream's, for files that have none, such as
       `{'atoms_per_window_queries': 32, 'fix_sym_check': True}`.
+    allow_nan: whether values may be infinite or no numbers.
 
   Returns:
     The configuration, and parameters as float32 NumPy arrays:
     `Boltz1AtomAttentionConfig` or `Boltz2AtomAttentionConfig` for score_model
-    and input_embedder, to be used with `transform_boltz_atom_attention`;
+    and input_embedder, to be used with `cached_atom_attention`;
     `Boltz1DiffusionConfig` or `Boltz2DiffusionConfig` for diffusion, to be used
     with `cached_diffusion`; `Boltz2AtomAttentionConfig` for
-    diffusion_conditioning;
-    `SingleConditioningConfig`, `PairwiseConditioningConfig` or
+    diffusion_conditioning; `SingleConditioningConfig`,
+    `PairwiseConditioningConfig` or
     `RelativePositionConfig` for the others.
 
   Raises:
     CheckpointError: if the file is damaged, unsafe or of another kind, or has
       no such part; if entries are missing, unknown or of a wrong shape, listing
-      all of them; if hyper-parameters contradict the shapes, or are needed and
-      not there.
+      them; if hyper-parameters contradict the shapes, or are needed and not
+      there; or if values are not finite.
     ImportError: if safetensors is needed and not installed.
   """
-  loaded = read(path, part, weights, hyper_parameters=hyper_parameters)
+  loaded = read(
+    path,
+    part,
+    weights,
+    hyper_parameters=hyper_parameters,
+    allow_nan=allow_nan,
+  )
   return loaded.config, loaded.params
 
 
+@files.guarded(CheckpointError)
 def read(
   path: checkpoint.Path,
   part: str,
   weights: Weights | None = None,
+  allow_nan: bool = False,
   *,
   hyper_parameters: Mapping[str, Any] | None = None,
 ) -> Loaded:
   """As `load_boltz`, with what else is known."""
   weights = weights or 'model'
-  source = _open(path, weights, hyper_parameters)
+  source = _open(path, weights, hyper_parameters, allow_nan)
   parts = BOLTZ2_PARTS if source.is_boltz2 else BOLTZ1_PARTS
   if part not in parts:
     raise CheckpointError(
@@ -176,16 +187,18 @@ def _rest(source: _Source) -> str:
     depth = 3 if name.startswith(_SCORE) else 1
     module = '.'.join(name.split('.')[:depth])
     found.setdefault(module, []).append(math.prod(value.shape))
-  return '; '.join(
+  texts = [
     f'{module}: {len(sizes)} tensors with {sum(sizes):,} numbers'
     for module, sizes in sorted(found.items())
-  )
+  ]
+  return files.short('; '.join(texts))
 
 
 def _open(
   path: checkpoint.Path,
   weights: Weights,
   hyper_parameters: Mapping[str, Any] | None,
+  allow_nan: bool,
 ) -> _Source:
   tree = state_dicts.read(path)
   model = state_dicts.model_of(tree)
@@ -199,13 +212,9 @@ def _open(
   is_boltz2 = any(
     name.startswith((_CONDITIONING, f'{_EMBEDDER}atom_enc')) for name in state
   )
-  return _Source(
-    path,
-    state,
-    settings if isinstance(settings, Mapping) else {},
-    is_boltz2,
-    set(),
-  )
+  if not isinstance(settings, Mapping):
+    settings = {}
+  return _Source(path, state, settings, is_boltz2, allow_nan, set())
 
 
 def _averaged(path: checkpoint.Path, state: State, averages: Any) -> State:
@@ -477,7 +486,9 @@ def _convert(
     )
   source.taken.update(own)
   version = f'Boltz-{1 + source.is_boltz2} {what.strip(".")}'
-  return state_dicts.convert(source.path, version, own, table)
+  return state_dicts.convert(
+    source.path, version, own, table, allow_nan=source.allow_nan
+  )
 
 
 def _config(
@@ -528,8 +539,8 @@ def _agree(
   for name in keys:
     if name in settings and name in found and settings[name] != found[name]:
       raise CheckpointError(
-        f'{source.path}: hyper-parameter {name} is {settings[name]!r}, but the '
-        f'tensors have {found[name]}'
+        f'{source.path}: hyper-parameter {name} is '
+        f'{files.shown(settings[name])}, but the tensors have {found[name]}'
       )
 
 
@@ -538,7 +549,7 @@ def _flag(source: _Source, name: str) -> bool:
   if not isinstance(value, bool):
     raise CheckpointError(
       f'{source.path}: the hyper-parameter {name} is needed, which no tensor '
-      f'depends on, and is {value!r}; give `hyper_parameters`'
+      f'depends on, and is {files.shown(value)}; give `hyper_parameters`'
     )
   return value
 

@@ -33,13 +33,14 @@ class Format:
     parts: what can be taken from it; the first one is the default. N stands
       for a number.
     name: how names of its parameters begin, by which it is recognised.
-    read: takes a file, one of the parts, and which weights.
+    read: takes a file, one of the parts, which weights, and perhaps
+      `allow_nan`.
   """
 
   title: str
   parts: tuple[str, ...]
   name: str
-  read: Callable[[checkpoint.Path, str, Weights | None], Loaded]
+  read: Callable[..., Loaded]
 
   def has(self, part: str) -> bool:
     """Whether it has such a part."""
@@ -48,7 +49,10 @@ class Format:
 
 
 def _read_alphafold2(
-  path: checkpoint.Path, part: str, weights: Weights | None
+  path: checkpoint.Path,
+  part: str,
+  weights: Weights | None,
+  allow_nan: bool = False,
 ) -> Loaded:
   if weights == 'ema':
     raise CheckpointError(f'{path}: has no moving averages')
@@ -56,22 +60,24 @@ def _read_alphafold2(
     'structure_module': alphafold2.load_structure_module,
     'ipa': alphafold2.load_ipa,
   }[part]
-  return Loaded(*load(path))
+  return Loaded(*load(path, allow_nan=allow_nan))
 
 
 def _read_alphafold3(
-  path: checkpoint.Path, part: str, weights: Weights | None
+  path: checkpoint.Path,
+  part: str,
+  weights: Weights | None,
+  allow_nan: bool = False,
 ) -> Loaded:
   if weights == 'ema':
     raise CheckpointError(f'{path}: has no moving averages of its own')
   if part == 'diffusion_transformer':
-    return Loaded(*alphafold3.load_transformer(path))
+    return Loaded(*alphafold3.load_transformer(path, allow_nan=allow_nan))
   copy: alphafold3.Copy = (
     'diffusion' if part == 'atom_diffusion' else 'evoformer_conditioning'
   )
-  return Loaded(
-    *alphafold3.load_atom_cross_att(path, copy), {'parameter_prefix': copy}
-  )
+  loaded = alphafold3.load_atom_cross_att(path, copy, allow_nan=allow_nan)
+  return Loaded(*loaded, {'parameter_prefix': copy})
 
 
 FORMATS: dict[str, Format] = {
@@ -110,13 +116,17 @@ FORMATS: dict[str, Format] = {
     'SEDD .pth or .safetensors',
     ('sedd',),
     r'vocab_embed\.',
-    lambda path, part, weights: sedd.read_sedd(path, weights=weights),
+    lambda path, part, weights, allow_nan=False: sedd.read_sedd(
+      path, weights=weights, allow_nan=allow_nan
+    ),
   ),
   'sedd_protein_ligand': Format(
     'protein_lig_sedd .pth',
     ('dual_track',),
     r'(transformer\.)?protein_embed\.',
-    lambda path, part, weights: sedd.read_dual_track(path, weights=weights),
+    lambda path, part, weights, allow_nan=False: sedd.read_dual_track(
+      path, weights=weights, allow_nan=allow_nan
+    ),
   ),
 }
 
@@ -178,6 +188,7 @@ def convert_file(
   part: str | None = None,
   *,
   weights: Weights | None = None,
+  allow_nan: bool = False,
 ) -> checkpoint.Checkpoint:
   """Converts a published checkpoint into one file of ours.
 
@@ -189,6 +200,7 @@ def convert_file(
     part: what to take; None takes the first part of the format, see `FORMATS`.
     weights: 'model' or 'ema', for formats with moving averages; None takes what
       upstream itself runs with.
+    allow_nan: whether values may be infinite or no numbers.
 
   Returns:
     What was written.
@@ -210,7 +222,7 @@ def convert_file(
     )
   if pathlib.Path(target).exists() and os.path.samefile(source, target):
     raise CheckpointError(f'{target}: would replace the source')
-  loaded = kind.read(source, part, weights)
+  loaded = kind.read(source, part, weights, allow_nan=allow_nan)
   files = [pathlib.Path(source)]
   if name == 'alphafold3':
     files = record_file.find_model_files(source).files

@@ -16,6 +16,7 @@ import haiku as hk
 
 from structattn_jax import checkpoint
 from structattn_jax.checkpoint import CheckpointError
+from structattn_jax.common import files
 from structattn_jax.convert import state_dicts
 from structattn_jax.convert.state_dicts import Loaded, State, Table, Weights
 from structattn_jax.network.pallatom import atom_transformers as network
@@ -24,14 +25,19 @@ ENCODER = 'atom_encoder.'
 DECODERS = 'atom_decoders.'
 
 
+@files.guarded(CheckpointError)
 def load_atom_encoder(
-  path: checkpoint.Path, *, window_size: int = network.WINDOW_SIZE
+  path: checkpoint.Path,
+  *,
+  window_size: int = network.WINDOW_SIZE,
+  allow_nan: bool = False,
 ) -> tuple[network.AtomFeatureEncoderConfig, hk.Params]:
   """Reads the `AtomFeatureEncoder` of a Pallatom checkpoint.
 
   Args:
     path: one of the files that the module lists.
     window_size: span of the window in residues that the model was trained with.
+    allow_nan: whether values may be infinite or no numbers.
 
   Returns:
     The configuration, and parameters as float32 NumPy arrays for
@@ -39,14 +45,19 @@ def load_atom_encoder(
 
   Raises:
     CheckpointError: if the file is damaged, unsafe, of another kind or of a
-      later architecture; or if entries are missing, unknown or of a wrong
-      shape, listing all of them.
+      later architecture; if entries are missing, unknown or of a wrong shape,
+      listing them; or if values are not finite.
     ImportError: if safetensors is needed and not installed.
   """
   state = _below(path, _open(path), ENCODER)
   blocks = state_dicts.num_layers(state, 'transformer.blocks')
   sizes, params = state_dicts.convert(
-    path, 'encoder', state, _encoder_table(blocks), prefix=ENCODER
+    path,
+    'encoder',
+    state,
+    _encoder_table(blocks),
+    prefix=ENCODER,
+    allow_nan=allow_nan,
   )
   config = network.AtomFeatureEncoderConfig(
     c_atom=sizes['c'],
@@ -59,11 +70,13 @@ def load_atom_encoder(
   return config, params
 
 
+@files.guarded(CheckpointError)
 def load_atom_decoder(
   path: checkpoint.Path,
   unit: int = 0,
   *,
   window_size: int = network.WINDOW_SIZE,
+  allow_nan: bool = False,
 ) -> tuple[network.AtomAttentionDecoderConfig, hk.Params]:
   """Reads one `AtomAttentionDecoder` of a Pallatom checkpoint.
 
@@ -71,6 +84,7 @@ def load_atom_decoder(
     path: one of the files that the module lists.
     unit: which of the trunk's decoders, from 0.
     window_size: as in `load_atom_encoder`.
+    allow_nan: likewise.
 
   Returns:
     The configuration, and parameters as float32 NumPy arrays for
@@ -90,7 +104,12 @@ def load_atom_decoder(
   state = _below(path, whole, prefix)
   blocks = state_dicts.num_layers(state, 'transformer.blocks')
   sizes, params = state_dicts.convert(
-    path, 'decoder', state, _decoder_table(blocks), prefix=prefix
+    path,
+    'decoder',
+    state,
+    _decoder_table(blocks),
+    prefix=prefix,
+    allow_nan=allow_nan,
   )
   config = network.AtomAttentionDecoderConfig(
     num_block=blocks, num_head=_heads(path, sizes), window_size=window_size
@@ -99,15 +118,19 @@ def load_atom_decoder(
 
 
 def read(
-  path: checkpoint.Path, part: str, weights: Weights | None = None
+  path: checkpoint.Path,
+  part: str,
+  weights: Weights | None = None,
+  allow_nan: bool = False,
 ) -> Loaded:
   """Reads 'atom_encoder' or 'atom_decoders.N'; there are no averages."""
   if weights == 'ema':
     raise CheckpointError(f'{path}: has no moving averages')
   notes = {'window_size': f'{network.WINDOW_SIZE}, which the file cannot say'}
   if part == 'atom_encoder':
-    return Loaded(*load_atom_encoder(path), notes)
-  return Loaded(*load_atom_decoder(path, int(part.split('.')[1])), notes)
+    return Loaded(*load_atom_encoder(path, allow_nan=allow_nan), notes)
+  unit = int(part.split('.')[1])
+  return Loaded(*load_atom_decoder(path, unit, allow_nan=allow_nan), notes)
 
 
 def _open(path: checkpoint.Path) -> State:

@@ -38,6 +38,7 @@ import numpy as np
 
 from structattn_jax import checkpoint
 from structattn_jax.checkpoint import CheckpointError
+from structattn_jax.common import files
 
 ZSTANDARD_MAGIC = b'\x28\xb5\x2f\xfd'
 
@@ -55,9 +56,9 @@ _FILE_NAMES = tuple(
 )
 _HEADER = struct.Struct('<5i')
 # Small: a damaged or malicious frame can grow by a factor of 30,000.
-_CHUNK = 1 << 14
+_CHUNK = 1 << 12
 # More than any real name or array has: a damaged length must not be obeyed.
-_MOST_TEXT, _MOST_AXES = 4096, 32
+_MOST_TEXT, _MOST_AXES, _MOST_RECORDS = 4096, 32, 10**5
 _DTYPES: dict[str, np.dtype] = {
   np.dtype(dtype).name: np.dtype(dtype).newbyteorder('<')
   for dtype in (
@@ -105,6 +106,7 @@ class ModelFiles:
     return checkpoint.first_bytes(self.path, 4) == ZSTANDARD_MAGIC
 
 
+@files.guarded(CheckpointError, 'cannot be read')
 def find_model_files(
   path: checkpoint.Path, model: str | None = None
 ) -> ModelFiles:
@@ -148,6 +150,7 @@ def find_model_files(
   )
 
 
+@files.guarded(CheckpointError, 'cannot be read')
 def is_model(path: checkpoint.Path) -> bool:
   """Whether a folder holds a model, or a file is one or a shard of one.
 
@@ -197,16 +200,17 @@ def read_records(
   numeric = tuple(sorted(found.files, key=_shard_number))
   if numeric != found.files and not _is_intact(found):
     found = dataclasses.replace(found, files=numeric)
-  try:
-    yield from _records(_Stream(_content(found)), keep or (lambda scope: True))
-  except _DamageError as error:
-    shards = ''
-    if len(found.files) > 1 or _shard_number(found.path):
-      names = ', '.join(file.name for file in found.files)
-      shards = f'; of the shards {names}, is one damaged or missing?'
-    raise CheckpointError(f'{found.path}: damaged: {error}{shards}') from None
-  except OSError as error:
-    raise CheckpointError(f'{found.path}: {error}') from None
+  with files.guard(found.path, CheckpointError):
+    try:
+      yield from _records(
+        _Stream(_content(found)), keep or (lambda scope: True)
+      )
+    except _DamageError as error:
+      shards = ''
+      if len(found.files) > 1 or _shard_number(found.path):
+        names = files.listed((file.name for file in found.files), ', ')
+        shards = f'; of the shards {names}, is one damaged or missing?'
+      raise CheckpointError(f'{found.path}: damaged: {error}{shards}') from None
 
 
 def write_records(
@@ -243,19 +247,19 @@ def write_records(
   if is_compressed:
     compressor = _zstandard().ZstdCompressor(level=10, write_checksum=True)
     content = compressor.compress(content)
-  files = [path]
+  targets = [path]
   if num_shards > 1:
     # Equal numbers of digits: text and numbers have the same order.
     numbers = [
       str(i).zfill(len(str(num_shards - 1))) for i in range(num_shards)
     ]
     names = '{0}.bin.zst.{1}' if is_compressed else '{0}.{1}.bin'
-    files = [path.with_name(names.format(match['model'], i)) for i in numbers]
+    targets = [path.with_name(names.format(match['model'], i)) for i in numbers]
   others = [
     other.name
     for name_pattern in _FILE_NAMES
     for other in _models(path.parent, name_pattern).get(match['model'], [])
-    if other not in files
+    if other not in targets
   ]
   if others:
     raise ValueError(
@@ -264,9 +268,9 @@ def write_records(
     )
   bounds = [len(content) * i // num_shards for i in range(num_shards + 1)]
   checkpoint.write_all_atomically(
-    {file: content[bounds[i] : bounds[i + 1]] for i, file in enumerate(files)}
+    {file: content[bounds[i] : bounds[i + 1]] for i, file in enumerate(targets)}
   )
-  return tuple(files)
+  return tuple(targets)
 
 
 def encode_record(record: Record) -> bytes:
@@ -314,8 +318,11 @@ class _Stream:
       if piece is None:
         break
       self._buffer += piece
-    taken = self._buffer[:count]
-    del self._buffer[:count]
+    if len(self._buffer) <= count:
+      taken, self._buffer = self._buffer, bytearray()  # Not copied.
+    else:
+      taken = self._buffer[:count]
+      del self._buffer[:count]
     self.position += len(taken)
     return taken
 
@@ -359,6 +366,8 @@ def _records(stream: _Stream, keep: Callable[[str], bool]) -> Iterator[Record]:
         f'record {number} at byte {start:,}{after}: {error}'
       ) from None
     number, last = number + 1, f'{head.scope}//{head.name}'
+    if number > _MOST_RECORDS:
+      raise _DamageError(f'more than {_MOST_RECORDS:,} records')
 
 
 def _read_head(stream: _Stream) -> _Head:
@@ -413,12 +422,17 @@ def _content(found: ModelFiles) -> Iterator[bytes]:
     return
   zstandard = _zstandard()
   frame = None
+  size = unfolded = 0
   try:
     for piece in _joined(found.files):
+      size += len(piece)
       while piece:
         if frame is None:
           frame = zstandard.ZstdDecompressor().decompressobj()
-        yield frame.decompress(piece)
+        content = frame.decompress(piece)
+        unfolded += len(content)
+        files.check_unfolded(found.path, size, unfolded, CheckpointError)
+        yield content
         piece = frame.unused_data
         if frame.eof:
           frame = None
@@ -428,8 +442,8 @@ def _content(found: ModelFiles) -> Iterator[bytes]:
     raise _DamageError('the file ends within its zstandard data')
 
 
-def _joined(files: Iterable[pathlib.Path]) -> Iterator[bytes]:
-  for file in files:
+def _joined(paths: Iterable[pathlib.Path]) -> Iterator[bytes]:
+  for file in paths:
     with open(file, 'rb') as stream:
       while piece := stream.read(_CHUNK):
         yield piece
@@ -466,15 +480,15 @@ def _models(
 
 
 def _checked(model: str, models: dict[str, list[pathlib.Path]]) -> ModelFiles:
-  files = models[model]
-  numbers = [_shard_number(file) for file in files]
+  found = models[model]
+  numbers = [_shard_number(file) for file in found]
   first = min(numbers)
   if sorted(numbers) != list(range(first, first + len(numbers))):
     raise CheckpointError(
-      f'{files[0].parent}: shards of {model!r} are missing or occur twice: '
-      f'there are {", ".join(file.name for file in files)}'
+      f'{found[0].parent}: shards of {model!r} are missing or occur twice: '
+      f'there are {files.listed((file.name for file in found), ", ")}'
     )
-  return ModelFiles(model, tuple(files))
+  return ModelFiles(model, tuple(found))
 
 
 def _shard_number(path: pathlib.Path) -> int:

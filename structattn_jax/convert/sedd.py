@@ -28,6 +28,7 @@ import numpy as np
 
 from structattn_jax import checkpoint
 from structattn_jax.checkpoint import CheckpointError
+from structattn_jax.common import files
 from structattn_jax.convert import state_dicts
 from structattn_jax.convert.state_dicts import Table, Weights
 from structattn_jax.network.sedd import blocks, dual_track, single_track
@@ -38,6 +39,7 @@ _DEAD = re.compile(
   r'blocks_(prot|lig)\.\d+\.(norm3|attn)\.'
   r'(weight|bias|in_proj_weight|in_proj_bias|out_proj\.weight|out_proj\.bias)'
 )
+_MAX_SETTINGS = 2**20
 _TRACKS = {'prot': 'protein', 'lig': 'ligand'}
 # Parts of the names that the tasks of protein_lig_sedd do not train.
 _FROZEN = (
@@ -54,6 +56,7 @@ def load_sedd(
   *,
   weights: Weights | None = None,
   num_head: int | None = None,
+  allow_nan: bool = False,
 ) -> tuple[single_track.SeddConfig, hk.Params]:
   """Reads a single-track SEDD, the original or the one of sedd-v100xlian.
 
@@ -66,17 +69,21 @@ def load_sedd(
       for the trained values. None takes the averages if there are any.
     num_head: number of heads, needed only for files without rotary frequencies
       and settings.
+    allow_nan: whether values may be infinite or no numbers.
 
   Returns:
     The configuration, and parameters as float32 NumPy arrays for
     `transform_sedd(config)`.
 
   Raises:
-    CheckpointError: if the file is damaged, unsafe or of another kind; or if
-      entries are missing, unknown or of a wrong shape, listing all of them.
+    CheckpointError: if the file is damaged, unsafe or of another kind; if
+      entries are missing, unknown or of a wrong shape, listing them; or if
+      values are not finite.
     ImportError: if safetensors is needed and not installed.
   """
-  loaded = read_sedd(path, weights=weights, num_head=num_head)
+  loaded = read_sedd(
+    path, weights=weights, num_head=num_head, allow_nan=allow_nan
+  )
   return cast(single_track.SeddConfig, loaded.config), loaded.params
 
 
@@ -85,6 +92,7 @@ def load_sedd_dual_track(
   *,
   weights: Weights | None = None,
   num_head: int | None = None,
+  allow_nan: bool = False,
 ) -> tuple[dual_track.DualTrackConfig, hk.Params]:
   """Reads the dual track of protein_lig_sedd.
 
@@ -92,6 +100,7 @@ def load_sedd_dual_track(
     path: one of the files that the module lists.
     weights: as in `load_sedd`.
     num_head: likewise.
+    allow_nan: likewise.
 
   Returns:
     The configuration, and parameters as float32 NumPy arrays for
@@ -104,15 +113,19 @@ def load_sedd_dual_track(
   Warns:
     DeadParametersWarning: naming the parameters that upstream never uses.
   """
-  loaded = read_dual_track(path, weights=weights, num_head=num_head)
+  loaded = read_dual_track(
+    path, weights=weights, num_head=num_head, allow_nan=allow_nan
+  )
   return cast(dual_track.DualTrackConfig, loaded.config), loaded.params
 
 
+@files.guarded(CheckpointError)
 def read_sedd(
   path: checkpoint.Path,
   *,
   weights: Weights | None = None,
   num_head: int | None = None,
+  allow_nan: bool = False,
 ) -> state_dicts.Loaded:
   """As `load_sedd`, with what else the file says."""
   source = _open(path)
@@ -126,7 +139,9 @@ def read_sedd(
   blocks = state_dicts.num_layers(state, 'blocks')
   table = _single_table(blocks, v100=is_v100)
   variant = 'v100' if is_v100 else 'sedd'
-  sizes, params = state_dicts.convert(path, variant, state, table)
+  sizes, params = state_dicts.convert(
+    path, variant, state, table, allow_nan=allow_nan
+  )
   return _loaded(
     path,
     single_track.SeddConfig,
@@ -137,11 +152,13 @@ def read_sedd(
   )
 
 
+@files.guarded(CheckpointError)
 def read_dual_track(
   path: checkpoint.Path,
   *,
   weights: Weights | None = None,
   num_head: int | None = None,
+  allow_nan: bool = False,
 ) -> state_dicts.Loaded:
   """As `load_sedd_dual_track`, with what else the file says."""
   source = _open(path)
@@ -170,7 +187,12 @@ def read_dual_track(
     del state[name]
   blocks = state_dicts.num_layers(state, 'blocks_prot')
   sizes, params = state_dicts.convert(
-    path, 'dual-track', state, _dual_table(blocks), prefix=prefix
+    path,
+    'dual-track',
+    state,
+    _dual_table(blocks),
+    prefix=prefix,
+    allow_nan=allow_nan,
   )
   return _loaded(
     path,
@@ -235,10 +257,8 @@ def _config_beside(path: checkpoint.Path) -> Any:
   file = pathlib.Path(path).with_name('config.json')
   if not file.is_file():
     return {}
-  try:
-    return json.loads(file.read_text(encoding='utf-8'))
-  except (OSError, ValueError) as error:
-    raise CheckpointError(f'{file}: not JSON: {error}') from None
+  with files.guard(file, CheckpointError, 'not JSON'):
+    return json.loads(files.read_text(file, _MAX_SETTINGS))
 
 
 def _notes(settings: Mapping[str, Any]) -> dict[str, str]:
@@ -246,7 +266,9 @@ def _notes(settings: Mapping[str, Any]) -> dict[str, str]:
   notes = {}
   for part in ('graph', 'noise'):
     values = settings.get(part)
-    if isinstance(values, dict) and all(map(_is_simple, values.values())):
+    if isinstance(values, dict) and all(
+      isinstance(key, str) and _is_simple(x) for key, x in values.items()
+    ):
       notes[part] = json.dumps(values, sort_keys=True)
   model = settings.get('model')
   if isinstance(model, dict) and _is_simple(model.get('scale_by_sigma')):
@@ -255,7 +277,11 @@ def _notes(settings: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _is_simple(value: Any) -> bool:
-  return isinstance(value, str | int | float) and len(str(value)) < 100
+  if isinstance(value, int):
+    return value.bit_length() < 64
+  return isinstance(value, float) or (
+    isinstance(value, str) and len(value) < 100
+  )
 
 
 def _pop_heads(
@@ -280,9 +306,10 @@ def _pop_heads(
     if value is not None:
       if len(value.shape) != 1 or not value.shape[0]:
         raise CheckpointError(f'{path}: rotary frequencies are not a vector')
+      value = state_dicts.array(value)
       half = value.shape[0]
       want = 10000.0 ** (-np.arange(half) / half)
-      if not np.allclose(state_dicts.array(value), want, rtol=1e-5, atol=0):
+      if not np.allclose(value, want, rtol=1e-5, atol=0):
         raise CheckpointError(f'{path}: other rotary frequencies than 10000^-x')
       lengths.add(2 * half)
   if len(lengths) > 1:

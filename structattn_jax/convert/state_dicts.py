@@ -8,6 +8,8 @@ and not all the others. Everything that does not fit is in one error.
 
 import collections
 import dataclasses
+import math
+import os
 import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,7 +21,7 @@ import numpy as np
 
 from structattn_jax import checkpoint
 from structattn_jax.checkpoint import CheckpointError
-from structattn_jax.common import base_config
+from structattn_jax.common import base_config, files
 from structattn_jax.convert import torch_file
 
 Weights = Literal['model', 'ema']
@@ -28,6 +30,7 @@ Value = torch_file.Tensor | np.ndarray
 State = Mapping[str, Value]
 
 _MAX_DEPTH = 50  # Of settings.
+_MAX_LAYERS = 1000  # Of a model; a table has some entries for each.
 _FLOATS = (np.float16, jnp.bfloat16, np.float32)
 
 
@@ -171,7 +174,9 @@ def state_of(path: checkpoint.Path, tree: Any, where: str = '') -> State:
   names = collections.Counter(name.replace('_orig_mod.', '') for name in tree)
   twice = sorted(name for name, count in names.items() if count > 1)
   if twice:
-    raise CheckpointError(f'{path}: {text}has names twice: {", ".join(twice)}')
+    raise CheckpointError(
+      f'{path}: {text}has names twice: {files.listed(twice)}'
+    )
   wrapped = all(name.startswith('module.') for name in tensors)
   return {
     name.removeprefix('module.') if wrapped else name: value
@@ -191,10 +196,12 @@ def below(state: State, prefix: str) -> dict[str, Value]:
 def num_layers(names: Iterable[str], prefix: str) -> int:
   """How many layers 'prefix.0', 'prefix.1', ... there are.
 
-  If some in between are missing, the table will ask for them.
+  If some in between are missing, or there are more than any model has, the
+  table will not have the same names.
   """
   pattern = re.compile(rf'{re.escape(prefix)}\.(\d+)\.')
-  return len({match[1] for name in names if (match := pattern.match(name))})
+  found = {match[1] for name in names if (match := pattern.match(name))}
+  return min(len(found), _MAX_LAYERS)
 
 
 def shadow(
@@ -260,6 +267,7 @@ def convert(
   table: Table,
   *,
   prefix: str = '',
+  allow_nan: bool = False,
 ) -> tuple[dict[str, int], hk.Params]:
   """Takes every tensor of a state dict, by a table.
 
@@ -269,6 +277,7 @@ def convert(
     state: the tensors, all of which must be in the table.
     table: the names, all of which must be in the state.
     prefix: of the names in the file, for messages.
+    allow_nan: whether values may be infinite or no numbers.
 
   Returns:
     The sizes that occur in the table, and the parameters in float32.
@@ -299,8 +308,11 @@ def convert(
       problems.append(f'wrong {prefix}{name} repeats its elements')
   if problems:
     raise CheckpointError(
-      f'{path}: does not fit the {what} parameters: {"; ".join(problems)}'
+      f'{path}: does not fit the {what} parameters: {files.listed(problems)}'
     )
+  # Many small tensors can be views of one large storage.
+  memory = sum(4 * math.prod(value.shape) for value in known.values())
+  files.check_unfolded(path, os.path.getsize(path), memory, CheckpointError)
   values = {name: array(value) for name, value in known.items()}
   for name, entry in table.items():
     if entry.copy_of and not np.array_equal(
@@ -309,13 +321,23 @@ def convert(
       problems.append(f'{prefix}{name} differs from {prefix}{entry.copy_of}')
   if problems:
     raise CheckpointError(
-      f'{path}: tensors that are one in the model: {"; ".join(problems)}'
+      f'{path}: tensors that are one in the model: {files.listed(problems)}'
+    )
+  if not allow_nan:
+    checkpoint.check_finite(
+      path, {f'{prefix}{name}': value for name, value in values.items()}
     )
   return sizes, _params(table, values)
 
 
 def array(value: Value) -> np.ndarray:
-  """The values, float32 if they are floats of at most 32 bits."""
+  """The values, float32 if they are floats of at most 32 bits.
+
+  Raises:
+    CheckpointError: if a tensor of a file has more elements than its storage.
+  """
+  if isinstance(value, torch_file.Tensor) and value.is_expanded:
+    value.fail('repeats its elements')
   values = value.array() if isinstance(value, torch_file.Tensor) else value
   return values.astype(np.float32) if values.dtype in _FLOATS else values
 
@@ -351,7 +373,7 @@ def warn_dead(path: checkpoint.Path, names: Sequence[str], why: str) -> None:
   """Warns that parameters are left out, naming them."""
   if names:
     warnings.warn(
-      f'{path}: left out, {why}: {", ".join(names)}',
+      f'{path}: left out, {why}: {files.listed(names, ", ")}',
       DeadParametersWarning,
       stacklevel=3,
     )

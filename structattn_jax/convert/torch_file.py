@@ -7,7 +7,8 @@
 bytes of each storage, `<folder>/data/<key>`. A pickle is a program. Here it is
 run by an interpreter that can only build containers, numbers, text, tensors and
 records: whatever else it names becomes an inert `Global` or `Record`, and
-nothing is ever imported or called.
+nothing is ever imported or called. It stops a program that works more than
+descriptions of tensors need.
 
 A tensor is a description until its `array()` is asked for, which is then a view
 of the memory-mapped file: nothing is read that is not used. The checksum of a
@@ -16,6 +17,7 @@ storage is compared when it is first used, that of the pickle always.
 
 import collections
 import dataclasses
+import itertools
 import math
 import mmap
 import pickletools
@@ -30,6 +32,7 @@ import numpy as np
 
 from structattn_jax import checkpoint
 from structattn_jax.checkpoint import CheckpointError
+from structattn_jax.common import files
 
 # Little-endian; files from big-endian machines are swapped.
 _DTYPES: dict[str, np.dtype] = {
@@ -69,28 +72,18 @@ _STORAGES = {
   'torch.storage.UntypedStorage': 'torch.uint8',
 }
 # Released checkpoints have some megabytes. Objects are up to a hundred times
-# larger than their opcodes, so this bounds time and memory.
+# larger than their opcodes, so these bound time and memory: bytes, opcodes, and
+# elements that opcodes copy, join or look at without being as long themselves.
 _MAX_PICKLE = 64 * 2**20
+_MAX_OPCODES = 2**22
+_MAX_WORK = 2**22
+_CHARACTERS = 16  # Are one element.
 _MAX_SIZE = 2**63
 _MAX_KEY = 2**60
 _MAX_DIMS = 64  # NumPy's.
 
 _LOCAL_HEADER = struct.Struct('<4s22xHH')
 _SCALARS = (str, bytes, int, float, bool, type(None))
-# What zipfile, pickletools and the interpreter raise on damaged files.
-_DAMAGE = (
-  zipfile.BadZipFile,
-  struct.error,
-  EOFError,
-  OSError,
-  ValueError,
-  TypeError,
-  LookupError,
-  ArithmeticError,
-  MemoryError,
-  NotImplementedError,
-  RuntimeError,
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,8 +155,8 @@ class Tensor:
     """The values, read-only: a view of the mapped file.
 
     Raises:
-      CheckpointError: if the storage is damaged, or if the tensor repeats its
-        elements more often than an array can hold.
+      CheckpointError: if the storage is damaged, or if the tensor has more
+        elements than an array can hold.
     """
     step = self.dtype.itemsize
     try:
@@ -176,9 +169,14 @@ class Tensor:
         [length * step for length in self.stride],
       )
     except (ValueError, TypeError, OverflowError) as error:
-      self._storage.archive.fail(f'{self.storage}: {error}')
+      self.fail(str(error))
+
+  def fail(self, message: str) -> Never:
+    """Raises a CheckpointError that names file and storage."""
+    self._storage.archive.fail(f'storage {self.storage}: {message}')
 
 
+@files.guarded(CheckpointError, 'damaged or not a PyTorch file')
 def load(path: checkpoint.Path) -> Any:
   """Reads a file that `torch.save` wrote.
 
@@ -203,18 +201,11 @@ def load(path: checkpoint.Path) -> Any:
         'read; save it again with a later PyTorch'
       )
     raise CheckpointError(f'{path}: not a PyTorch file: not a zip archive')
-  try:
-    archive = _Archive(path)
-    return _Interpreter(archive).run(archive.pickle())
-  except CheckpointError:
-    raise
-  except _DAMAGE as error:
-    text = ' '.join(str(error).split()) or type(error).__name__
-    raise CheckpointError(
-      f'{path}: damaged or not a PyTorch file: {text[:200]}'
-    ) from None
+  archive = _Archive(path)
+  return _Interpreter(archive).run(archive.pickle())
 
 
+@files.guarded(CheckpointError, 'damaged zip archive')
 def is_torch_file(path: checkpoint.Path) -> bool:
   """Whether a zip archive has the pickle that `torch.save` writes.
 
@@ -223,11 +214,8 @@ def is_torch_file(path: checkpoint.Path) -> bool:
   """
   if not checkpoint.is_zip(path):
     return False
-  try:
-    with zipfile.ZipFile(path) as archive:
-      return any(name.endswith('/data.pkl') for name in archive.namelist())
-  except _DAMAGE as error:
-    raise CheckpointError(f'{path}: damaged zip archive: {error}') from None
+  with zipfile.ZipFile(path) as archive:
+    return any(name.endswith('/data.pkl') for name in archive.namelist())
 
 
 def is_legacy(start: bytes) -> bool:
@@ -370,16 +358,18 @@ class _Interpreter:
     self._stack: list[Any] = []
     self._outer: list[list[Any]] = []  # Stacks below the marks.
     self._memo: dict[int, Any] = {}
+    self._work = 0
 
   def run(self, program: bytes) -> Any:
     """Returns the object that a pickle describes."""
-    for opcode, argument, _ in pickletools.genops(program):
+    opcodes = pickletools.genops(program)
+    for opcode, argument, _ in itertools.islice(opcodes, _MAX_OPCODES):
       if opcode.name == 'STOP':
         if self._outer or len(self._stack) != 1:
           self._fail('the pickle ends with a stack of the wrong depth')
         return self._stack.pop()
       self._step(opcode.name, argument)
-    self._fail('the pickle has no end')
+    self._fail(f'the pickle does not end within {_MAX_OPCODES:,} steps')
 
   def _step(self, name: str, argument: Any) -> None:
     stack = self._stack
@@ -434,6 +424,7 @@ class _Interpreter:
         module, attribute = self._pop(2)
         if not isinstance(module, str) or not isinstance(attribute, str):
           self._fail('a global is not named by text')
+        self._spend((len(module) + len(attribute)) // _CHARACTERS)
         stack.append(Global(f'{module}.{attribute}'))
       case 'REDUCE' | 'NEWOBJ':
         stack.append(self._make(*self._pop(2)))
@@ -465,9 +456,16 @@ class _Interpreter:
     values, self._stack = self._stack, self._outer.pop()
     return values
 
+  def _spend(self, count: int) -> None:
+    """Counts work that is not in proportion to the opcodes."""
+    self._work += count
+    if self._work > _MAX_WORK:
+      self._fail('the pickle builds more than it has reason to')
+
   def _key(self, value: Any) -> Any:
     """A value that can be hashed in little time; nested tuples cannot."""
     values = value if type(value) is tuple else (value,)
+    self._spend(len(values))
     if not all(type(v) in (*_SCALARS, Global, Record, Tensor) for v in values):
       self._fail(f'a key of a dictionary is a {type(value).__name__}')
     # Larger numbers can be chosen so that all have the same hash.
@@ -503,6 +501,7 @@ class _Interpreter:
 
   def _make(self, function: Any, args: Any) -> Any:
     """What calling `function` would give, for the few that are known."""
+    self._spend(1)
     if type(function) is not Global or type(args) is not tuple:
       self._fail('the pickle calls something that is not a function')
     match function.name:
@@ -530,12 +529,14 @@ class _Interpreter:
       # Protocol 2 has no opcodes for these.
       case '__builtin__.set' | '__builtin__.frozenset' | 'torch.Size':
         if len(args) == 1 and type(args[0]) in (list, tuple):
+          self._spend(len(args[0]))
           if function.name == 'torch.Size':
             return tuple(args[0])
           made = set(map(self._key, args[0]))
           return made if function.name.endswith('.set') else frozenset(made)
       case '_codecs.encode':
         if len(args) == 2 and type(args[0]) is str and args[1] == 'latin1':
+          self._spend(len(args[0]) // _CHARACTERS)
           return args[0].encode('latin1')
       case '__builtin__.complex' | 'builtins.complex':
         if len(args) == 2 and all(type(x) is float for x in args):
@@ -552,6 +553,7 @@ class _Interpreter:
     _, kind, key, _, count = pid
     if type(kind) is not Global or type(key) is not str or not _is_size(count):
       self._fail('a persistent id does not name a storage')
+    self._spend(len(key) // _CHARACTERS)
     size = self._archive.size(f'data/{key}')
     if size is None:
       self._fail(f'there is no storage {key[:40]!r}')
@@ -572,10 +574,9 @@ class _Interpreter:
   ) -> Tensor:
     lists = (shape, stride)
     if (
-      not all(type(x) is tuple and all(map(_is_size, x)) for x in lists)
+      not all(type(x) is tuple and len(x) <= _MAX_DIMS for x in lists)
+      or not all(map(_is_size, (*shape, *stride, offset)))
       or len(shape) != len(stride)
-      or len(shape) > _MAX_DIMS
-      or not _is_size(offset)
     ):
       self._fail(f'storage {storage.key}: a tensor without a proper shape')
     length, rest = divmod(storage.nbytes, dtype.itemsize)

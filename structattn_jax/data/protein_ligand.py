@@ -3,23 +3,36 @@
   pairs = read_pairs('pairs.parquet', split='train')
   encoded, report = encode_pairs(pairs, ProteinTokenizer(), tokenizer)
 
-A row may lack one of the two: a ligand without protein serves the mode
-`ligand_only`, a protein without ligand `protein_only`.
+Sequences are upper-cased; of a SMILES with a name behind it the name is left
+out. What is no sequence or no SMILES then is an error that names file, row and
+column, or a row that is skipped and counted. A ligand without protein serves
+the mode `ligand_only`, a protein without ligand `protein_only`.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
 import csv
 import dataclasses
 import functools
 import importlib.resources
 import os
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+import re
+import warnings
+from collections.abc import (
+  Callable,
+  Generator,
+  Iterable,
+  Iterator,
+  Mapping,
+  Sequence,
+)
 
 import numpy as np
 
+from structattn_jax.common import files
 from structattn_jax.data import tokenizers
 
 # The first of these that a file has is taken: ours, those of the fork's data
@@ -39,8 +52,15 @@ SMILES_COLUMNS = (
 )
 SPLIT_COLUMN = 'split'
 
+_DELIMITERS = ',\t;'
+# Of the alphabet, without gaps.
+_RESIDUES = frozenset('LAGVSERTIDPKQNFYMHWCXBUZO')
+# Titin has 35,991 residues, the longest SMILES of the CCD 600 characters.
+_MAX_SEQUENCE, _MAX_SMILES = 2**17, 4000
+_BATCH = 64  # Rows of a Parquet file: each can be as long as the file.
 
-class PairFileError(ValueError):
+
+class PairFileError(files.FileError):
   """A table of pairs is missing, unreadable, or lacks what is needed."""
 
 
@@ -143,7 +163,7 @@ def bundled_pairs() -> tuple[ProteinLigandPair, ...]:
   """
   folder = importlib.resources.files('structattn_jax.data') / 'examples'
   return read_pairs(
-    pathlib.Path(str(folder / 'protein_ligand_pairs.csv')),
+    pathlib.Path(str(folder / 'protein_ligand_pairs.csv')), lone_ligands=True
   )
 
 
@@ -154,28 +174,42 @@ def read_pairs(
   smiles_column: str | None = None,
   name_column: str | None = None,
   split: str | None = None,
+  lone_proteins: bool = False,
+  lone_ligands: bool = False,
+  skip_bad_rows: bool = False,
+  report: Callable[[str], None] = warnings.warn,
 ) -> tuple[ProteinLigandPair, ...]:
   """Reads a CSV or Parquet table.
 
   Args:
     path: a `.parquet` file (needs the extra `parquet`); anything else is read
-      as CSV with a header.
+      as text with a header, whose cells are separated by commas, tabs or
+      semicolons.
     sequence_column: None takes the first of `SEQUENCE_COLUMNS`.
     smiles_column: None takes the first of `SMILES_COLUMNS`.
     name_column: None takes the first of `NAME_COLUMNS`, else the row number.
     split: keep the rows with this value in the column `split`; None keeps all.
+    lone_proteins: whether a cell of the column of SMILES may be empty.
+    lone_ligands: whether a cell of the column of sequences may be empty.
+    skip_bad_rows: whether bad rows are left out instead of an error.
+    report: gets one sentence with their number.
 
   Returns:
-    The rows in file order, surrounding blanks removed.
+    The rows in file order, sequences in upper case. SMILES are what RDKit
+    accepts, where it is installed, else what has the form of SMILES.
 
   Raises:
-    PairFileError: if the file cannot be read, a column is missing, a row has
-      neither sequence nor SMILES, or nothing is left.
+    PairFileError: if the file cannot be read, a column is missing, nothing is
+      left, or, naming row and column, a sequence has letters that are no
+      residues, a SMILES is invalid, or a cell is empty.
     ImportError: on Parquet without pyarrow, naming the extra.
   """
   path = pathlib.Path(path)
   is_parquet = path.suffix.lower() in ('.parquet', '.pq')
-  try:
+  what = 'not a Parquet file' if is_parquet else 'not a table'
+  pairs: list[ProteinLigandPair] = []
+  skipped: list[str] = []
+  with files.guard(path, PairFileError, what), _quiet_rdkit():
     header = _parquet_header(path) if is_parquet else _csv_header(path)
     column = functools.partial(_column, path, header)
     sequence = column('sequence', sequence_column, SEQUENCE_COLUMNS)
@@ -184,39 +218,93 @@ def read_pairs(
       raise PairFileError(
         f'{path}: no column of sequences ({", ".join(SEQUENCE_COLUMNS)}) and '
         f'none of SMILES ({", ".join(SMILES_COLUMNS)}); the columns are '
-        f'{", ".join(header)}'
+        f'{files.listed(header, ", ")}'
       )
     name = column('names', name_column, NAME_COLUMNS)
     wanted = [c for c in (name, sequence, smiles) if c is not None]
     if split is not None:
-      if SPLIT_COLUMN not in header:
-        raise PairFileError(
-          f'{path}: split={split!r} needs a column {SPLIT_COLUMN!r}; the '
-          f'columns are {", ".join(header)}'
-        )
-      wanted.append(SPLIT_COLUMN)
+      wanted.append(column('splits', SPLIT_COLUMN, ()) or '')
+    # Each text once: a table can say the same in very many rows.
+    as_sequence = functools.cache(_as_sequence)
+    as_smiles = functools.cache(_as_smiles)
     rows = _parquet_rows(path, wanted) if is_parquet else _csv_rows(path)
-  except (OSError, UnicodeDecodeError, csv.Error) as error:
-    raise PairFileError(f'{path}: cannot be read: {error}') from None
-  pairs = []
-  for number, row in enumerate(rows, start=1):
-    if split is not None and row[SPLIT_COLUMN] != split:
-      continue
-    cell = {c: (row[c] or '').strip() for c in wanted}
-    pair = ProteinLigandPair(
-      name=(cell[name] if name else '') or f'row {number}',
-      sequence=cell[sequence] if sequence else '',
-      smiles=cell[smiles] if smiles else '',
-    )
-    if not pair.sequence and not pair.smiles:
-      raise PairFileError(
-        f'{path}: row {number} has neither a sequence nor SMILES'
-      )
-    pairs.append(pair)
+    for number, row in enumerate(rows, start=1):
+      if split is not None and row[SPLIT_COLUMN] != split:
+        continue
+      texts = {'sequence': '', 'smiles': ''}
+      bad = []
+      for track, header_name, convert, may_be_empty in (
+        ('sequence', sequence, as_sequence, lone_ligands),
+        ('smiles', smiles, as_smiles, lone_proteins),
+      ):
+        if header_name is not None:
+          try:
+            texts[track] = convert(row[header_name])
+            if not texts[track] and not may_be_empty:
+              raise ValueError('the cell is empty')
+          except ValueError as error:
+            bad.append(f'row {number}, column {header_name!r}: {error}')
+      if not bad and not any(texts.values()):
+        bad.append(f'row {number} has neither a sequence nor SMILES')
+      if not bad:
+        label = (row[name] or '').strip() if name else ''
+        pairs.append(ProteinLigandPair(label or f'row {number}', **texts))
+      elif skip_bad_rows:
+        skipped += bad[:1]
+      else:
+        raise PairFileError(
+          f'{path}: {"; ".join(bad)}; correct it, or set skip_bad_rows'
+        )
+  if skipped:
+    report(f'{path}: {len(skipped)} bad rows left out: {_some(skipped)}')
   if not pairs:
     what = '' if split is None else f' of the split {split!r}'
     raise PairFileError(f'{path}: no rows{what}')
   return tuple(pairs)
+
+
+def _as_sequence(cell: str | None) -> str:
+  """A sequence of residues, or a ValueError."""
+  text = (cell or '').strip()
+  if len(text) > _MAX_SEQUENCE:
+    raise ValueError(f'{len(text):,} residues, of {_MAX_SEQUENCE:,} at most')
+  for position, letter in enumerate(text, start=1):
+    # Foreign letters can have these as their upper case.
+    if letter.upper() not in _RESIDUES or not letter.isascii():
+      chains = '; give one chain a row' if letter == ':' else ''
+      raise ValueError(
+        f'{letter!r} at position {position} is no residue{chains}'
+      )
+  return text.upper()
+
+
+def _as_smiles(cell: str | None) -> str:
+  """SMILES without the name that may follow, or a ValueError."""
+  text = re.split('[ \t]', (cell or '').strip(), maxsplit=1)[0]
+  if len(text) > _MAX_SMILES:
+    raise ValueError(f'{len(text):,} characters, of {_MAX_SMILES:,} at most')
+  try:
+    tokenizers.split_smiles(text)
+  except ValueError as error:
+    raise ValueError(str(error).splitlines()[0]) from None
+  with contextlib.suppress(ImportError):
+    from rdkit import Chem
+
+    if Chem.MolFromSmiles(text) is None:
+      raise ValueError(f'RDKit rejects the SMILES {files.shown(text)}')
+  return text
+
+
+@contextlib.contextmanager
+def _quiet_rdkit() -> Generator[None]:
+  """Without what RDKit writes to the standard error."""
+  try:
+    from rdkit import rdBase
+  except ImportError:
+    yield
+    return
+  with rdBase.BlockLogs():
+    yield
 
 
 def encode_pairs(
@@ -310,35 +398,46 @@ def _column(
   known: Sequence[str],
 ) -> str | None:
   if given is None:
-    return next((name for name in known if name in header), None)
-  if given not in header:
+    given = next((name for name in known if name in header), None)
+  if given is None:
+    return None
+  count = header.count(given)
+  if count != 1:
+    found = f'{count} columns' if count else 'no column'
     raise PairFileError(
-      f'{path}: no column {given!r} for {what}; the columns are '
-      f'{", ".join(header)}'
+      f'{path}: {found} {given!r} for {what}; the columns are '
+      f'{files.listed(header, ", ")}'
     )
   return given
 
 
 def _csv_header(path: pathlib.Path) -> list[str]:
-  with path.open(newline='', encoding='utf-8-sig') as file:
-    return [name.strip() for name in next(csv.reader(file), [])]
+  return next(_csv_cells(path), [])
 
 
-def _csv_rows(path: pathlib.Path) -> list[dict[str, str]]:
-  rows = []
+def _csv_rows(path: pathlib.Path) -> Iterator[dict[str, str]]:
+  lines = _csv_cells(path)
+  header = next(lines)
+  for number, cells in enumerate(lines, start=1):
+    if len(cells) != len(header):
+      raise PairFileError(
+        f'{path}: row {number} has {len(cells)} cells, the header {len(header)}'
+      )
+    yield dict(zip(header, cells, strict=True))
+
+
+def _csv_cells(path: pathlib.Path) -> Iterator[list[str]]:
+  """Header and rows; what makes most columns of the header separates."""
   with path.open(newline='', encoding='utf-8-sig') as file:
-    reader = csv.reader(file)
-    header = [name.strip() for name in next(reader)]
-    for cells in reader:
-      if not cells:
-        continue
-      if len(cells) != len(header):
-        raise PairFileError(
-          f'{path}: line {reader.line_num} has {len(cells)} cells, the header '
-          f'{len(header)}'
-        )
-      rows.append(dict(zip(header, cells, strict=True)))
-  return rows
+    first = file.readline()
+    delimiter = max(
+      _DELIMITERS,
+      key=lambda mark: len(next(csv.reader([first], delimiter=mark), [])),
+    )
+    file.seek(0)
+    reader = csv.reader(file, delimiter=delimiter)
+    yield [name.strip() for name in next(reader, [])]
+    yield from filter(None, reader)
 
 
 def _parquet():
@@ -353,24 +452,19 @@ def _parquet():
 
 
 def _parquet_header(path: pathlib.Path) -> list[str]:
-  parquet = _parquet()
-  try:
-    return list(parquet.read_schema(path).names)
-  except ValueError as error:  # pyarrow.ArrowInvalid
-    raise PairFileError(f'{path}: not a Parquet file: {error}') from None
+  return list(_parquet().read_schema(path).names)
 
 
 def _parquet_rows(
   path: pathlib.Path, columns: Sequence[str]
-) -> list[dict[str, str]]:
-  try:
-    table = _parquet().read_table(path, columns=list(columns))
-  except ValueError as error:
-    raise PairFileError(f'{path}: not a Parquet file: {error}') from None
-  return [
-    {key: '' if value is None else str(value) for key, value in row.items()}
-    for row in table.to_pylist()
-  ]
+) -> Iterator[dict[str, str]]:
+  table = _parquet().ParquetFile(path)
+  size = path.stat().st_size
+  # A row takes a byte; columns of one value take none.
+  files.check_unfolded(path, size, 32 * table.metadata.num_rows, PairFileError)
+  for batch in table.iter_batches(_BATCH, columns=list(dict.fromkeys(columns))):
+    for row in batch.to_pylist():
+      yield {k: '' if v is None else str(v) for k, v in row.items()}
 
 
 def _some(names: Sequence[str], count: int = 3) -> str:

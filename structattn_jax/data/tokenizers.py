@@ -17,6 +17,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from structattn_jax.common import files
+
+# Of a file of a vocabulary; that of MoLFormer has 44 kB.
+_MAX_VOCABULARY = 2**24
+
 _PROTEIN_TABLE = (
   '<cls> <pad> <eos> <unk> L A G V S E R T I D P K Q N F Y M H W C X B U Z '
   'O . - <null_1> <mask>'
@@ -186,8 +191,8 @@ class SmilesTokenizer(_Vocabulary):
         f'vocabulary: has no {", ".join(missing)}; add them with their ids'
       )
     ids = list(vocabulary.values())
-    if not all(isinstance(i, int) and i >= 0 for i in ids):
-      raise ValueError('vocabulary: ids must be non-negative integers')
+    if not all(isinstance(i, int) and 0 <= i < 2**31 for i in ids):
+      raise ValueError('vocabulary: ids must be non-negative integers of int32')
     if len(set(ids)) != len(ids):
       raise ValueError('vocabulary: two tokens share one id')
     super().__init__(vocabulary, '<bos>')
@@ -202,7 +207,7 @@ class SmilesTokenizer(_Vocabulary):
     Returns:
       A tokeniser that knows every token of `smiles`.
     """
-    found = {token for text in smiles for token in _split_smiles(text)}
+    found = {token for text in smiles for token in split_smiles(text)}
     tokens = sorted(found - {*_SMILES_SPECIALS, '<unk>'})
     ordered = (*_SMILES_SPECIALS, *tokens, '<unk>')
     return cls({token: i for i, token in enumerate(ordered)})
@@ -222,18 +227,14 @@ class SmilesTokenizer(_Vocabulary):
       ValueError: if the file is missing or not a vocabulary.
     """
     path = pathlib.Path(path)
-    try:
-      text = path.read_text(encoding='utf-8')
+    with files.guard(path, what='not a vocabulary'):
+      text = files.read_text(path, _MAX_VOCABULARY)
       if text.lstrip().startswith('{'):
         vocabulary = json.loads(text)
       else:
         lines = text.rstrip().splitlines()
         vocabulary = {line.strip(): i for i, line in enumerate(lines)}
       return cls(vocabulary)
-    except OSError as error:
-      raise ValueError(f'{path}: cannot be read ({error})') from error
-    except ValueError as error:
-      raise ValueError(f'{path}: not a vocabulary: {error}') from error
 
   def save(self, path: str | os.PathLike[str]) -> None:
     """Writes the vocabulary as JSON, which `from_file` reads."""
@@ -251,10 +252,11 @@ class SmilesTokenizer(_Vocabulary):
     Raises:
       ValueError: if a character cannot start a token, showing its position.
     """
-    return _split_smiles(text)
+    return split_smiles(text)
 
 
-def _split_smiles(text: str) -> list[str]:
+def split_smiles(text: str) -> list[str]:
+  """Splits SMILES as `SmilesTokenizer.split` does."""
   tokens = []
   position = 0
   while position < len(text):

@@ -1,13 +1,14 @@
 """Settings of a training run: data, model, optimiser and loop."""
 
 import dataclasses
-from typing import Literal
+from typing import ClassVar, Literal
 
 from structattn_jax.common import base_config
 from structattn_jax.network.sedd import dual_track as sedd_dual_track
 
 # The name of the set that comes with the package.
 BUNDLED = 'bundled'
+_MOST_STEPS = 2**31 - 1
 _DUAL_TRACK = sedd_dual_track.DualTrackConfig()
 
 
@@ -19,6 +20,10 @@ class DataConfig(base_config.BaseConfig):
     path: CSV or Parquet table of pairs; 'bundled' is the set of the package. A
       relative path is relative to the working folder.
     split: rows whose column `split` has this value; None takes all.
+    skip_bad_rows: whether rows that are no pairs are left out and reported,
+      instead of an error, see `data.read_pairs`. A row without a protein is a
+      pair if the run has the mode 'ligand_only', one without a ligand if it has
+      'protein_only'.
     validation_split: rows for the bounds that are logged; None takes the
       training pairs.
     vocabulary: SMILES vocabulary, see `SmilesTokenizer.from_file`; None builds
@@ -34,8 +39,11 @@ class DataConfig(base_config.BaseConfig):
       embedding cannot tell the positions of a masked sequence apart.
   """
 
+  largest: ClassVar[int] = _MOST_STEPS
+
   path: str = BUNDLED
   split: str | None = None
+  skip_bad_rows: bool = False
   validation_split: str | None = None
   vocabulary: str | None = None
   protein_buckets: tuple[int, ...] = (512,)
@@ -59,6 +67,8 @@ class OptimizerConfig(base_config.BaseConfig):
     clip: largest global norm of the gradient.
     ema_decay: largest decay of the moving average of the parameters.
   """
+
+  largest: ClassVar[int] = _MOST_STEPS
 
   learning_rate: float = 3e-4
   warmup: int = 2500
@@ -93,6 +103,8 @@ class TrainConfig(base_config.BaseConfig):
     keep: number of checkpoints that stay.
   """
 
+  largest: ClassVar[int] = _MOST_STEPS
+
   data: DataConfig = DataConfig()
   model: sedd_dual_track.DualTrackConfig = _DUAL_TRACK
   optimizer: OptimizerConfig = OptimizerConfig()
@@ -110,11 +122,11 @@ class TrainConfig(base_config.BaseConfig):
 
   def __post_init__(self) -> None:
     super().__post_init__()
-    for name in ('steps', 'batch_size', 'accumulate', 'log_every', 'keep'):
-      if getattr(self, name) < 1:
-        raise ValueError(
-          f'TrainConfig.{name}: expected at least 1, got {getattr(self, name)}'
-        )
+    self.check_at_least(
+      1,
+      *('steps', 'batch_size', 'accumulate', 'log_every', 'checkpoint_every'),
+      'keep',
+    )
     if self.batch_size % self.accumulate:
       raise ValueError(
         f'TrainConfig.accumulate: {self.accumulate} must divide batch_size = '

@@ -23,6 +23,7 @@ import pathlib
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any
 
@@ -30,6 +31,7 @@ import jax
 import numpy as np
 
 from structattn_jax import checkpoint, data
+from structattn_jax.common import files
 from structattn_jax.network.sedd import dual_track as sedd_dual_track
 from structattn_jax.training import checkpoints as checkpoints_lib
 from structattn_jax.training import config as config_lib
@@ -234,8 +236,11 @@ def load_data(config: config_lib.TrainConfig) -> RunData:
     RunError: if the model's vocabularies are too small, or nothing is left.
     data.PairFileError: if a table cannot be read.
   """
+  if not config.modes:
+    raise RunError('modes: expected at least one value')
   settings = config.data
-  pairs = read_pairs(settings)
+  messages: list[str] = []
+  pairs = read_pairs(config, report=messages.append)
   protein_tokenizer = data.ProteinTokenizer()
   if settings.vocabulary is None:
     smiles_tokenizer = data.SmilesTokenizer.from_smiles(
@@ -267,10 +272,10 @@ def load_data(config: config_lib.TrainConfig) -> RunData:
       raise RunError(f'{settings.path}: {error}') from None
 
   encoded, found = encode(pairs)
-  messages = list(found.lines())
+  messages += found.lines()
   validation = encoded
   if settings.validation_split is not None:
-    rows = read_pairs(settings, validation=True)
+    rows = read_pairs(config, validation=True, report=messages.append)
     validation, found = encode(rows)
     messages += [f'validation: {line}' for line in found.lines()]
   return RunData(
@@ -283,13 +288,17 @@ def load_data(config: config_lib.TrainConfig) -> RunData:
 
 
 def read_pairs(
-  settings: config_lib.DataConfig, *, validation: bool = False
+  config: config_lib.TrainConfig,
+  *,
+  validation: bool = False,
+  report: Callable[[str], None] = warnings.warn,
 ) -> tuple[data.ProteinLigandPair, ...]:
   """The pairs of a run as text.
 
   Args:
-    settings: which table and which rows.
+    config: of the run.
     validation: whether to read the rows of `validation_split`.
+    report: gets one sentence about rows that are left out.
 
   Returns:
     The pairs.
@@ -298,9 +307,17 @@ def read_pairs(
     RunError: if a split of the bundled set is asked for, which has none.
     data.PairFileError: if the table cannot be read.
   """
+  settings = config.data
   split = settings.validation_split if validation else settings.split
   if settings.path != config_lib.BUNDLED:
-    return data.read_pairs(settings.path, split=split)
+    return data.read_pairs(
+      settings.path,
+      split=split,
+      lone_proteins='protein_only' in config.modes,
+      lone_ligands='ligand_only' in config.modes,
+      skip_bad_rows=settings.skip_bad_rows,
+      report=report,
+    )
   if split is not None:
     raise RunError(f'data: no split {split!r}; the bundled set has no splits')
   return data.bundled_pairs()
@@ -425,6 +442,10 @@ def _write_settings(
 
 
 def _check_same_run(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+  with files.guard('the record', checkpoint.CheckpointError):
+    # Settings that are younger than the record have their defaults.
+    config = config_lib.TrainConfig.from_dict(old['config'])
+    old = {**old, 'config': json.loads(json.dumps(config.to_dict()))}
   for name in sorted(new['config']):
     was, now = old['config'].get(name), new['config'][name]
     if name not in _FREE and was != now:

@@ -46,6 +46,7 @@ from typing import Any
 import numpy as np
 
 from structattn_jax import checkpoint
+from structattn_jax.common import files
 
 FACTOR = 1.5
 FLOOR = 2e-6
@@ -59,7 +60,7 @@ _FLOAT64 = 1e-9
 Take = Callable[[np.ndarray], np.ndarray]
 
 
-class GoldenError(ValueError):
+class GoldenError(files.FileError):
   """A golden that cannot be replayed."""
 
 
@@ -142,18 +143,20 @@ class Golden:
       NotAGoldenError: if it is another kind of file.
     """
     if 'meta' not in checkpoint.npz_names(path):
-      raise NotAGoldenError('not a golden file: it has no `meta`')
+      raise NotAGoldenError(f'{path}: not a golden file: it has no `meta`')
     arrays = checkpoint.read_npz(path)
     text = arrays.pop('meta')
     try:
       meta = json.loads(text.item()) if text.dtype.kind == 'U' else None
-    except ValueError:
+    except (ValueError, RecursionError):
       meta = None
     if not isinstance(meta, dict):
-      raise NotAGoldenError('not a golden file: `meta` is not JSON')
+      raise NotAGoldenError(f'{path}: not a golden file: `meta` is not JSON')
     for key in ('system', 'kind'):
       if not isinstance(meta.get(key), str):
-        raise NotAGoldenError(f'not a golden file: `meta` names no {key}')
+        raise NotAGoldenError(
+          f'{path}: not a golden file: `meta` names no {key}'
+        )
     return cls(case, meta, arrays, is_float64)
 
   def part(self, prefix: str) -> dict[str, np.ndarray]:

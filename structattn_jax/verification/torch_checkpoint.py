@@ -154,7 +154,7 @@ def _expected(case: str, path: pathlib.Path, kind: str) -> list[Row]:
     meta = arrays.pop('meta', np.array('{}'))
     try:
       golden = Golden(case, json.loads(meta.item()), arrays)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
       raise GoldenError(f'{file}: `meta` is not JSON') from None
     replay = {'sedd': _sedd, 'sedd_protein_ligand': _dual_track}.get(kind)
     wanted = {'sedd': 'inputs/indices'}.get(kind, 'inputs/protein_indices')

@@ -3,8 +3,8 @@
   report = verify.verify(['goldens/'])
   assert report.status == 0, report.rows
 
-`structattn_jax.replay` runs the files; `replay/golden.py` says how tolerances
-are derived. `structattn verify` prints what this returns.
+`structattn_jax.verification` runs the files; its `golden.py` says how
+tolerances are derived. `structattn verify` prints what this returns.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from structattn_jax import verification as replay
-from structattn_jax.checkpoint import CheckpointError
+from structattn_jax.common import files
 from structattn_jax.verification import Row, torch_checkpoint
 from structattn_jax.verification import alphafold3_checkpoint as af3_checkpoint
 
@@ -72,36 +72,52 @@ def verify(
   notes: list[str] = []
   errors: list[str] = []
   for path in map(pathlib.Path, paths):
-    named = not path.is_dir()
-    files = [path]
-    if not named:
-      files = [
-        *(
-          file
-          for file in sorted(path.rglob('*.npz'))
-          # The outputs of a checkpoint that is found itself.
-          if torch_checkpoint.described(file) is None
-        ),
-        *af3_checkpoint.find(path),
-        *torch_checkpoint.find(path),
-      ]
-    if not files:
-      errors.append(f'{path}: no npz files in this folder')
-    for file in files:
+    found, wrong = _find(path)
+    errors += wrong
+    for file in found:
       try:
-        found, left = _replay(file, progress or (lambda message: None), float64)
+        with files.guard(file, replay.GoldenError, 'cannot be replayed'):
+          compared, left = _replay(
+            file, progress or (lambda message: None), float64
+          )
       except replay.NotAGoldenError as error:
-        (errors if named else notes).append(f'not replayed: {file}: {error}')
-      except (CheckpointError, replay.GoldenError, ImportError) as error:
-        text = str(error)
-        errors.append(text if str(file) in text else f'{file}: {text}')
+        noted = notes if path.is_dir() else errors
+        noted.append(f'not replayed: {_named(file, error)}')
+      except (files.FileError, ImportError) as error:
+        errors.append(_named(file, error))
       else:
-        rows += found
+        rows += compared
         if left:
           notes.append(f'not replayed: {file}: {", ".join(sorted(left))}')
   if not rows and not errors:
     errors.append('no golden file could be replayed')
   return Report(tuple(rows), tuple(notes), tuple(errors))
+
+
+def _named(file: pathlib.Path, error: Exception) -> str:
+  text = str(error)
+  return text if str(file) in text else f'{file}: {text}'
+
+
+def _find(path: pathlib.Path) -> tuple[list[pathlib.Path], list[str]]:
+  """The files to replay, and what is wrong if there are none."""
+  found = [path]
+  try:
+    with files.guard(path, replay.GoldenError, 'cannot be searched'):
+      if path.is_dir():
+        found = [
+          *(
+            file
+            for file in sorted(path.rglob('*.npz'))
+            # The outputs of a checkpoint that is found itself.
+            if torch_checkpoint.described(file) is None
+          ),
+          *af3_checkpoint.find(path),
+          *torch_checkpoint.find(path),
+        ]
+  except files.FileError as error:
+    return [], [str(error)]
+  return found, [] if found else [f'{path}: no npz files in this folder']
 
 
 def _replay(

@@ -5,6 +5,8 @@ import dataclasses
 import importlib
 import math
 import pkgutil
+import re
+import time
 import types
 import typing
 from typing import Literal
@@ -84,7 +86,7 @@ def values_of(hint) -> st.SearchStrategy:
     type(None): st.none(),
     bool: st.booleans(),
     # Powers of two satisfy most rules of the kind "a must divide b".
-    int: st.integers(0, 70).map(lambda exponent: 2**exponent),
+    int: st.integers(0, 20).map(lambda exponent: 2**exponent),
     # Rates and the like, mostly: these satisfy most rules on numbers.
     float: st.one_of(
       *[st.floats(0, 1, exclude_min=True, exclude_max=True)] * 3,
@@ -309,6 +311,64 @@ def test_from_toml_wrong_type_names_the_file(tmp_path):
 def test_from_toml_missing_file_raises(tmp_path):
   with pytest.raises(FileNotFoundError):
     Inner.from_toml(tmp_path / 'none.toml')
+
+
+def integer_fields() -> list:
+  return [
+    (cls, field.name)
+    for cls in library_configs()
+    for field in dataclasses.fields(cls)
+    if re.search(r'\bint\b', str(typing.get_type_hints(cls)[field.name]))
+  ]
+
+
+@pytest.mark.parametrize(
+  ('cls', 'name'), integer_fields(), ids=lambda x: getattr(x, '__name__', x)
+)
+def test_integers_have_bounds(cls, name, tmp_path):
+  path = tmp_path / 'x.toml'
+  value = getattr(cls(), name)
+  for bad in (-1, 2**63 - 1, int('9' * 400)):
+    given, row = bad, str(bad)
+    if isinstance(value, tuple):
+      hint = typing.get_type_hints(cls)[name]
+      nested = typing.get_args(typing.get_args(hint)[0])
+      given = [[bad] * len(nested)] if nested else [bad]
+      row = str(given)
+    with pytest.raises(ValueError, match=rf'^{cls.__name__}\.{name}.* from 0'):
+      cls(**{name: given})
+    path.write_text(f'{name} = {row}')
+    with pytest.raises(ValueError, match=rf'x\.toml: {cls.__name__}\.{name}'):
+      cls.from_toml(path)
+
+
+def test_number_that_is_no_float_names_the_field():
+  with pytest.raises(ValueError, match=r'Outer\.rate: .* of 1,329 bits'):
+    Outer(rate=10**400)
+
+
+@pytest.mark.parametrize(
+  ('text', 'message'),
+  [
+    ('size = ' + '[' * 5000 + ']' * 5000, 'RecursionError'),
+    ('size = ' + '9' * 5000, '4300 digits'),
+    ('a' + '.a' * 30_000 + ' = 1', 'a line with 30,000 dots'),
+    ('x = {a' + '.a' * 30_000 + ' = 1}', 'a line with 30,000 dots'),
+    ('label = "' + 'x' * 10**6 + '"', 'larger than 262,144 bytes'),
+    ('x' * 60_000 + ' = 1', 'unknown key'),
+    ('label = [' + '1, ' * 60_000 + ']', 'expected str, got list'),
+  ],
+  ids=['deep', 'digits', 'key', 'inline key', 'large', 'long', 'list'],
+)
+def test_from_toml_work_and_message_are_bounded(text, message, tmp_path):
+  path = tmp_path / 'x.toml'
+  path.write_text(text)
+  start = time.process_time()
+  with pytest.raises((TypeError, ValueError), match=message) as error:
+    Inner.from_toml(path)
+  assert time.process_time() - start < 5
+  assert str(error.value).startswith(f'{path}: ')
+  assert len(str(error.value)) < 500
 
 
 def test_dual_track_config_indivisible_size_names_the_numbers():

@@ -497,15 +497,19 @@ def test_parameters_are_those_of_our_module(copy):
   assert jax.tree.map(np.shape, params) == want
 
 
-def test_later_record_wins(tmp_path, sample):
+def test_second_record_must_be_identical(tmp_path, sample):
   scope = 'diffuser/~/diffusion_head/diffusion_embed_ref_pos'
   (old,) = [record for record in sample if record.scope == scope]
   path = tmp_path / 'x.bin'
-  record_file.write_records(path, [*sample, old._replace(array=-old.array)])
+  record_file.write_records(path, [*sample, old])
   _, params = convert.load_atom_cross_att(path)
   np.testing.assert_array_equal(
-    params['diffusion_embed_ref_pos']['weights'], -old.array
+    params['diffusion_embed_ref_pos']['weights'], old.array
   )
+  for other in (-old.array, old.array[None], old.array.astype(np.float64)):
+    record_file.write_records(path, [*sample, old._replace(array=other)])
+    message = refusal(path, convert.load_atom_cross_att)
+    assert f'{scope}//weights occurs twice, with other values' in message
 
 
 def test_foreign_and_incomplete_files_are_refused(tmp_path):

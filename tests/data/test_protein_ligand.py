@@ -12,6 +12,7 @@ ROWS = (
   {'system_id': 'b', 'protein_seq': 'GG', 'ligand_smiles': ''},
   {'system_id': 'c', 'protein_seq': '', 'ligand_smiles': 'c1ccccc1'},
 )
+LONE = {'lone_proteins': True, 'lone_ligands': True}
 
 
 def write_csv(path, rows):
@@ -29,7 +30,7 @@ def encode(pairs, **limits):
 
 
 def test_csv_rows_become_pairs(tmp_path):
-  pairs = data.read_pairs(write_csv(tmp_path / 'p.csv', ROWS))
+  pairs = data.read_pairs(write_csv(tmp_path / 'p.csv', ROWS), **LONE)
   assert [(p.name, p.sequence, p.smiles) for p in pairs] == [
     ('a', 'MKT', 'CCO'),
     ('b', 'GG', ''),
@@ -45,8 +46,8 @@ def test_parquet_gives_the_same_pairs_as_csv(tmp_path):
     for i, row in enumerate(ROWS)
   ]
   parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / 'p.parquet')
-  expected = data.read_pairs(write_csv(tmp_path / 'p.csv', ROWS))
-  assert data.read_pairs(tmp_path / 'p.parquet') == expected
+  expected = data.read_pairs(write_csv(tmp_path / 'p.csv', ROWS), **LONE)
+  assert data.read_pairs(tmp_path / 'p.parquet', **LONE) == expected
 
 
 @pytest.mark.parametrize(
@@ -89,8 +90,10 @@ def test_split_selects_rows(tmp_path):
   ('content', 'match'),
   [
     ('a,b\n1,2\n', 'no column of sequences'),
-    ('sequence,smiles\n,\n', 'row 1 has neither'),
-    ('sequence,smiles\nMK\n', 'line 2 has 1 cells, the header 2'),
+    ('sequence,smiles\n,C\n', "row 1, column 'sequence': the cell is empty"),
+    ('sequence,smiles\nM,\n', "row 1, column 'smiles': the cell is empty"),
+    ('sequence,smiles\nMK\n', 'row 1 has 1 cells, the header 2'),
+    ('sequence,sequence\nMK,GG\n', "2 columns 'sequence' for sequence"),
     ('sequence,smiles\n', 'no rows'),
     ('', 'no column of sequences'),
   ],
@@ -99,6 +102,105 @@ def test_unusable_tables_are_reported(tmp_path, content, match):
   path = tmp_path / 'p.csv'
   path.write_text(content)
   with pytest.raises(data.PairFileError, match=match):
+    data.read_pairs(path)
+
+
+def table_of(tmp_path, sequence, smiles):
+  rows = [
+    {'sequence': 'GG', 'smiles': 'CCO'},
+    {'sequence': sequence, 'smiles': smiles},
+  ]
+  return write_csv(tmp_path / 'p.csv', rows)
+
+
+@pytest.mark.parametrize(
+  ('sequence', 'smiles', 'expected'),
+  [
+    ('mktXbzuo', 'C', ('MKTXBZUO', 'C')),
+    (' MKT \n', ' C\t', ('MKT', 'C')),
+    ('MKT', 'CCO ethanol', ('MKT', 'CCO')),
+    ('MKT', 'CCO\tethanol 2', ('MKT', 'CCO')),
+    ('MKT', 'C[C@H](N)C(=O)O', ('MKT', 'C[C@H](N)C(=O)O')),
+  ],
+)
+def test_text_of_a_row_is_made_plain(tmp_path, sequence, smiles, expected):
+  path = table_of(tmp_path, sequence, smiles)
+  pair = data.read_pairs(path)[1]
+  assert (pair.sequence, pair.smiles) == expected
+
+
+@pytest.mark.parametrize(
+  ('sequence', 'smiles', 'message'),
+  [
+    ('MKT:GG', 'C', "'sequence': ':' at position 4 .* one chain a row"),
+    ('MKT\nGG', 'C', r"'sequence': '\\n' at position 4 is no residue"),
+    ('MKT\0', 'C', r"'sequence': '\\x00' at position 4 is no residue"),
+    ('MK GG', 'C', "'sequence': ' ' at position 3"),
+    ('MKJ', 'C', "'sequence': 'J' at position 3"),
+    ('MKT*', 'C', r"'sequence': '\*' at position 4"),
+    ('M-T', 'C', "'sequence': '-' at position 2"),
+    ('M<mask>T', 'C', "'sequence': '<' at position 2"),
+    ('M\u0131T', 'C', "'sequence': '\u0131' at position 2"),
+    ('M' * 200_000, 'C', r'field larger|200,000 residues'),
+    ('', 'C', "'sequence': the cell is empty"),
+    ('MKT', '', "'smiles': the cell is empty"),
+    ('MKT', '   ', "'smiles': the cell is empty"),
+    ('MKT', 'C1CC(', "'smiles': RDKit rejects the SMILES 'C1CC\\('"),
+    ('MKT', 'CN(C)(C)(C)C', "'smiles': RDKit rejects"),
+    ('MKT', 'C!', "'smiles': smiles: no token at position 1"),
+    ('MKT', 'CC\nO', "'smiles': smiles: no token at position 2"),
+    ('MKT', 'C' * 5000, "'smiles': 5,000 characters, of 4,000"),
+  ],
+)
+def test_what_is_no_pair_is_an_error_or_left_out(
+  tmp_path, sequence, smiles, message
+):
+  pytest.importorskip('rdkit')
+  path = table_of(tmp_path, sequence, smiles)
+  with pytest.raises(data.PairFileError, match=message) as error:
+    data.read_pairs(path)
+  assert str(error.value).startswith(f'{path}: ')
+  if 'field larger' in message:
+    return
+  assert ': row 2, column ' in str(error.value)
+  reports = []
+  (pair,) = data.read_pairs(path, skip_bad_rows=True, report=reports.append)
+  assert pair.sequence == 'GG'
+  assert len(reports) == 1
+  assert f'{path}: 1 bad rows left out: row 2, column ' in reports[0]
+
+
+def test_rows_of_other_splits_are_not_looked_at(tmp_path):
+  rows = [
+    {'sequence': 'MK', 'smiles': 'C', 'split': 'train'},
+    {'sequence': '??', 'smiles': '', 'split': 'test'},
+  ]
+  path = write_csv(tmp_path / 'p.csv', rows)
+  assert len(data.read_pairs(path, split='train')) == 1
+
+
+@pytest.mark.parametrize('mark', [',', '\t', ';'])
+@pytest.mark.parametrize('start', ['', '\ufeff'])
+def test_commas_tabs_and_semicolons_separate(tmp_path, mark, start):
+  path = tmp_path / 'p.tsv'
+  lines = [('name', 'sequence', 'smiles'), ('a;b\tc,d', 'MK', 'CCO')]
+  with path.open('w', newline='', encoding='utf-8') as file:
+    file.write(start)
+    csv.writer(file, delimiter=mark).writerows(lines)
+  expected = data.ProteinLigandPair('a;b\tc,d', 'MK', 'CCO')
+  assert data.read_pairs(path) == (expected,)
+
+
+def test_parquet_of_one_value_cannot_become_a_billion_rows(tmp_path):
+  pyarrow = pytest.importorskip('pyarrow')
+  parquet = pytest.importorskip('pyarrow.parquet')
+  column = pyarrow.DictionaryArray.from_arrays(
+    pyarrow.array(np.zeros(20_000_000, np.int8)), pyarrow.array(['CCO'])
+  )
+  path = tmp_path / 'p.parquet'
+  parquet.write_table(pyarrow.table({'smiles': column}), path)
+  assert path.stat().st_size < 100_000
+  with pytest.raises(data.PairFileError, match='which no file of this kind'):
     data.read_pairs(path)
 
 

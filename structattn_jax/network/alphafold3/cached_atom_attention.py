@@ -445,29 +445,12 @@ class AtomCrossAttHead(hk.Module):
     self.config = config or AtomCrossAttConfig()
     self.prefix = prefix
 
-  def __call__(
-    self,
-    plan: window_plan.WindowPlan,
-    ref: window_plan.RefStructure,
-    positions: jax.Array | None = None,
-    trunk_single_cond: jax.Array | None = None,
-    trunk_pair_cond: jax.Array | None = None,
-    token_act: jax.Array | None = None,
-  ) -> AtomCrossAttHeadOutput:
+  def __call__(self, *arguments: Any, **named: Any) -> AtomCrossAttHeadOutput:
     """Encodes atoms and, given token activations, decodes them.
 
-    Arguments and result as `atom_cross_att`.
+    Arguments, from `plan` on, and result are those of `atom_cross_att`.
     """
-    return atom_cross_att(
-      self.config,
-      self.prefix,
-      plan,
-      ref,
-      positions,
-      trunk_single_cond,
-      trunk_pair_cond,
-      token_act,
-    )
+    return atom_cross_att(self.config, self.prefix, *arguments, **named)
 
 
 def atom_cross_att(

@@ -229,8 +229,9 @@ def sample(
   The steps are one `jax.lax.scan` and can be compiled, mapped and
   differentiated. Each step is computed again in the backward pass, so that it
   keeps the positions of all steps (12 bytes per atom, sample and step) and the
-  activations of one. 'two_level' keeps those of about 2 sqrt(steps) steps and
-  computes everything twice instead.
+  activations of one. 'two_level' keeps the positions of about 2 sqrt(steps)
+  steps instead, if the number of steps has a divisor near its square root, and
+  calls the denoiser once more per step.
 
   Give `denoise` (and `hook`) as `jax.tree_util.Partial(function, params, ...)`
   with arrays alone as arguments, and what was compiled is kept for later calls.

@@ -187,11 +187,10 @@ def _rest(source: _Source) -> str:
     depth = 3 if name.startswith(_SCORE) else 1
     module = '.'.join(name.split('.')[:depth])
     found.setdefault(module, []).append(math.prod(value.shape))
-  texts = [
+  return files.listed(
     f'{module}: {len(sizes)} tensors with {sum(sizes):,} numbers'
     for module, sizes in sorted(found.items())
-  ]
-  return files.short('; '.join(texts))
+  )
 
 
 def _open(

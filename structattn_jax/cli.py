@@ -6,6 +6,7 @@ structattn info [FILE]            say what a converted file holds, or what is
                                   installed
 structattn train CONFIG           train the protein-ligand diffusion model
 structattn sample CHECKPOINT      sample proteins and ligands from it
+structattn sample --system boltz2 sample structures, given a trunk's embeddings
 structattn verify PATH...         replay recorded outputs of published code
 """
 
@@ -33,7 +34,7 @@ from structattn_jax import (
   network,
   training,
 )
-from structattn_jax.apps import demo, generate
+from structattn_jax.apps import demo, generate, sample
 from structattn_jax.common import files
 from structattn_jax.network.sedd import dual_track as sedd_dual_track
 from structattn_jax.verification import verify
@@ -64,6 +65,7 @@ _EXPECTED = (
   files.FileError,
   data.StructureFileError,
   generate.GenerateError,
+  sample.SampleError,
   training.RunError,
   ImportError,
   OSError,
@@ -217,14 +219,22 @@ def _add_train(commands: Any) -> None:
 def _add_sample(commands: Any) -> None:
   parser = commands.add_parser(
     'sample',
-    help='sample proteins and ligands',
+    help='sample proteins and ligands, or structures',
     description='Samples from a trained dual-track SEDD, writes CSV, FASTA and '
-    'SMILES, and measures the samples.',
+    'SMILES, and measures the samples. With --system boltz1 or boltz2: samples '
+    'structures, given embeddings of a trunk, and writes mmCIF files.',
   )
   parser.add_argument(
     'checkpoint',
+    nargs='?',
     type=pathlib.Path,
-    help='folder of a training run, or a file of `train` or `convert`',
+    help='SEDD: folder of a training run, or a file of `train` or `convert`',
+  )
+  parser.add_argument(
+    '--system',
+    choices=('sedd', *sample.SYSTEMS),
+    default='sedd',
+    help='what is sampled from (default: %(default)s)',
   )
   parser.add_argument(
     '--mode',
@@ -252,7 +262,9 @@ def _add_sample(commands: Any) -> None:
     help='SMILES tokens (default: as the model has learned)',
   )
   sampler = discrete_diffusion.SamplerConfig()
-  parser.add_argument('--steps', type=int, default=sampler.steps)
+  parser.add_argument(
+    '--steps', type=int, help='steps (default: as the system is released)'
+  )
   parser.add_argument(
     '--predictor', choices=('analytic', 'euler'), default=sampler.predictor
   )
@@ -274,6 +286,25 @@ def _add_sample(commands: Any) -> None:
     type=pathlib.Path,
     default=pathlib.Path('out/samples'),
     help='folder for the samples (default: %(default)s)',
+  )
+  structures = parser.add_argument_group('structures (--system boltz1, boltz2)')
+  structures.add_argument(
+    '--weights',
+    type=pathlib.Path,
+    help='file of `structattn convert CHECKPOINT FILE --part diffusion`',
+  )
+  structures.add_argument(
+    '--structure',
+    type=pathlib.Path,
+    help='mmCIF or PDB file with the atoms to be placed',
+  )
+  structures.add_argument(
+    '--embeddings',
+    type=pathlib.Path,
+    help=f'npz or safetensors file with {", ".join(sample.NAMES)} of the trunk',
+  )
+  structures.add_argument(
+    '--samples', type=int, default=5, help='samples (default: %(default)s)'
   )
   parser.add_argument(
     '--json', action='store_true', help='print the metrics as JSON'
@@ -391,11 +422,51 @@ def _train(options: argparse.Namespace) -> int:
   return 0
 
 
+def _sample_structures(options: argparse.Namespace) -> int:
+  names = ('weights', 'structure', 'embeddings')
+  missing = [f'--{name}' for name in names if getattr(options, name) is None]
+  if missing or options.checkpoint is not None:
+    raise sample.SampleError(
+      f'--system {options.system} takes --weights, --structure and '
+      '--embeddings and no other file'
+      + (f'; missing: {", ".join(missing)}' if missing else '')
+    )
+
+  def progress(done: int, steps: int) -> None:
+    print(f'... step {done} of {steps}', file=sys.stderr, flush=True)
+
+  config, params = sample.load_weights(options.weights, options.system)
+  samples = sample.sample_structures(
+    config,
+    params,
+    data.load_structure(options.structure),
+    sample.load_embeddings(options.embeddings),
+    num_samples=options.samples,
+    sampler=sample.sampler_of(options.system, options.steps),
+    key=jax.random.key(options.seed),
+    progress=progress,
+  )
+  files = sample.write(options.out, samples)
+  if options.json:
+    print(json.dumps({'files': [str(file) for file in files]}, indent=2))
+  else:
+    print('files: ' + ', '.join(str(file) for file in files))
+  return 0
+
+
 def _sample(options: argparse.Namespace) -> int:
+  if options.system != 'sedd':
+    return _sample_structures(options)
+  if options.checkpoint is None:
+    raise generate.GenerateError(
+      'checkpoint: expected a folder or file to sample from'
+    )
   model = generate.load_model(options.checkpoint, vocabulary=options.vocabulary)
   try:
     sampler = discrete_diffusion.SamplerConfig(
-      steps=options.steps,
+      steps=discrete_diffusion.SamplerConfig().steps
+      if options.steps is None
+      else options.steps,
       predictor=options.predictor,
       temperature=options.temperature,
       top_p=options.top_p,

@@ -22,6 +22,7 @@ from structattn_jax.network.alphafold3 import cached_atom_attention as aca
 from structattn_jax.network.alphafold3 import diffusion_head as dh
 from structattn_jax.network.alphafold3 import transformer_parameters as tp
 from structattn_jax.network.boltz import atom_attention as boltz_encoders
+from structattn_jax.network.boltz import diffusion as boltz_diffusion
 from structattn_jax.network.sedd import dual_track as sedd
 from structattn_jax.network.seeds import token_atom_attention as taa
 from structattn_jax.network.seeds import token_attention_pool as boltz
@@ -45,6 +46,8 @@ class Case:
   bfloat16_system: systems.System | None = None
   # Outputs that are coordinates, which stay float32.
   coordinates: tuple[str, ...] = ()
+  # Modules whose parameters are constants: no gradient reaches them.
+  constants: tuple[str, ...] = ()
   # Inputs at the edge of the formula: values and gradients must stay finite.
   degenerate: Mapping[str, Mapping[str, Any]] = dataclasses.field(
     default_factory=dict
@@ -394,13 +397,13 @@ def _token_attention_case() -> Case:
   )
 
 
-def _boltz_case(name: str, config: boltz_encoders.Config) -> Case:
-  # With this seed no input of a relu is within 1e-4 of its kink.
-  rng = np.random.default_rng(100)
+def _boltz_inputs(
+  config: boltz_encoders.Config, seed: int
+) -> dict[str, np.ndarray]:
+  rng = np.random.default_rng(seed)
   # Runs of tokens, one that comes back, atoms without a token; three windows.
   token = np.array([0, 0, 0, 1, 2, 2, 1, -1, 3, 3, 4, 4], np.int32)
-  n_atom, n_token = len(token), 6
-  is_second = isinstance(config, boltz_encoders.Boltz2AtomAttentionConfig)
+  n_atom, n_token = len(token), _N_BOLTZ_TOKEN
   inputs = {
     'ref_pos': _normal(rng, n_atom, 3),
     'ref_charge': rng.integers(-1, 2, n_atom).astype(np.float32),
@@ -414,17 +417,46 @@ def _boltz_case(name: str, config: boltz_encoders.Config) -> Case:
     'positions': _normal(rng, n_atom, 3),
     'token_act': _normal(rng, n_token, 2 * config.token_s),
   }
-  if is_second:
+  if isinstance(config, boltz_encoders.Boltz2AtomAttentionConfig):
     inputs |= {
       'atom_backbone_feat': rng.integers(0, 17, n_atom).astype(np.int32),
       'res_type': rng.integers(0, 33, n_token).astype(np.int32),
       'modified': np.arange(n_token) % 2 == 0,
       'mol_type': rng.integers(0, 4, n_token).astype(np.int32),
     }
-  token_inputs = ('single', 'pair', 'token_act', 'res_type', 'modified')
-  token_inputs += ('mol_type',)
+  return inputs
+
+
+_N_BOLTZ_TOKEN = 6
+# Axes of the tokens.
+_BOLTZ_TOKEN_AXES = {
+  'single': 0,
+  'single_inputs': 0,
+  'pair': (0, 1),
+  'relative_position': (0, 1),
+  'token_mask': 0,
+  'token_act': 0,
+  'res_type': 0,
+  'modified': 0,
+  'mol_type': 0,
+}
+
+
+def _boltz_axes(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], ...]:
+  """Axes of atoms and of tokens."""
+  others = ('sigma', *_BOLTZ_TOKEN_AXES)
+  atoms = {name: 0 for name in inputs if name not in others}
+  tokens = {k: axes for k, axes in _BOLTZ_TOKEN_AXES.items() if k in inputs}
+  return atoms, tokens
+
+
+def _boltz_case(name: str, config: boltz_encoders.Config) -> Case:
+  # With this seed no input of a relu is within 1e-4 of its kink.
+  inputs = _boltz_inputs(config, 100)
+  atom_axes, token_axes = _boltz_axes(inputs)
+  n_atom = len(inputs['atom_mask'])
   output = boltz_encoders.BoltzAtomAttentionOutput
-  system = systems.boltz_atom_attention(config, n_token)
+  system = systems.boltz_atom_attention(config, _N_BOLTZ_TOKEN)
   return Case(
     name,
     system,
@@ -434,7 +466,7 @@ def _boltz_case(name: str, config: boltz_encoders.Config) -> Case:
     inputs,
     paddings=(
       {
-        'axes': {name: 0 for name in inputs if name not in token_inputs},
+        'axes': atom_axes,
         'masks': ('atom_mask',),
         'output_axes': output(tokens=None, atoms=0, update=0),
         'padding': config.atoms_per_window_queries,
@@ -442,23 +474,82 @@ def _boltz_case(name: str, config: boltz_encoders.Config) -> Case:
     ),
     permutations=(
       {
-        'axes': {
-          name: (0, 1) if name == 'pair' else 0
-          for name in token_inputs
-          if name in inputs
-        },
+        'axes': token_axes,
         'index_of': ('atom_to_token',),
         'output_axes': output(tokens=0, atoms=None, update=None),
       },
     ),
     bfloat16_system=systems.boltz_atom_attention(
-      dataclasses.replace(config, bfloat16=True), n_token
+      dataclasses.replace(config, bfloat16=True), _N_BOLTZ_TOKEN
     ),
     coordinates=('update',),
     degenerate={
       'all_masked': {'atom_mask': np.zeros(n_atom, bool)},
       'one_window_masked': {'atom_mask': np.arange(n_atom) < 2},
       'coincident_atoms': {'ref_pos': np.zeros((n_atom, 3), np.float32)},
+    },
+  )
+
+
+def _boltz_diffusion_case(
+  name: str, config: boltz_diffusion.DiffusionConfig, seed: int
+) -> Case:
+  """The cached form; the published one is the Haiku function.
+
+  With the seeds below no input of a relu is within 1e-4 of its kink.
+  """
+  inputs = _boltz_inputs(config, seed)
+  del inputs['token_act']
+  rng = np.random.default_rng(seed)
+  n_atom, n_token = len(inputs['atom_mask']), _N_BOLTZ_TOKEN
+  inputs |= {
+    'token_mask': np.arange(n_token) != 5,
+    'single_inputs': _normal(rng, n_token, config.token_s_inputs),
+    'relative_position': _normal(rng, n_token, n_token, config.token_z),
+    'sigma': np.float32(9.0),
+  }
+  atom_axes, token_axes = _boltz_axes(inputs)
+
+  system = systems.boltz_diffusion(config, n_token)
+
+  def published(**inputs: Any) -> dict[str, Any]:
+    arguments = system.arguments(inputs)
+    found = boltz_diffusion.diffusion_outputs(config, **arguments)
+    return {'denoised': found.denoised}
+
+  return Case(
+    name,
+    system,
+    published,
+    inputs,
+    paddings=(
+      {
+        'axes': atom_axes,
+        'masks': ('atom_mask',),
+        'output_axes': {'denoised': 0},
+        'padding': config.atoms_per_window_queries,
+      },
+    ),
+    permutations=(
+      {
+        'axes': token_axes,
+        'index_of': ('atom_to_token',),
+        'output_axes': {'denoised': None},
+      },
+    ),
+    bfloat16_system=systems.boltz_diffusion(
+      dataclasses.replace(config, bfloat16=True), n_token
+    ),
+    coordinates=("['denoised']",),
+    constants=('single_conditioner/fourier_embed/proj',),
+    degenerate={
+      'all_masked': {
+        'atom_mask': np.zeros(n_atom, bool),
+        'token_mask': np.zeros(n_token, bool),
+      },
+      'least_noise': {'sigma': np.float32(1e-3)},
+      'most_noise': {'sigma': np.float32(2560)},
+      'no_noise': {'sigma': np.float32(0)},
     },
   )
 
@@ -474,6 +565,14 @@ _BOLTZ_SIZES = {
   'atom_encoder_heads': 2,
   'atom_decoder_depth': 1,
   'atom_decoder_heads': 4,
+}
+_BOLTZ_DIFFUSION_SIZES = {
+  **_BOLTZ_SIZES,
+  'atoms_per_window_keys': 4,
+  'token_s_inputs': 4,
+  'token_transformer_depth': 1,
+  'token_transformer_heads': 2,
+  'dim_fourier': 6,
 }
 
 
@@ -624,6 +723,22 @@ CASES: dict[str, Case] = {
         token_transformer_depth=1,
         token_transformer_heads=1,
       ),
+    ),
+    _boltz_diffusion_case(
+      'boltz1_diffusion',
+      boltz_diffusion.Boltz1DiffusionConfig(
+        **_BOLTZ_DIFFUSION_SIZES,
+        implementation='blocked',
+        conditioning_transition_layers=1,
+      ),
+      175,
+    ),
+    _boltz_diffusion_case(
+      'boltz2_diffusion',
+      boltz_diffusion.Boltz2DiffusionConfig(
+        **_BOLTZ_DIFFUSION_SIZES, implementation='published'
+      ),
+      125,
     ),
     _atom_transformer_case(),
     _dual_track_case('sedd_dual_track', 'published'),

@@ -39,6 +39,15 @@ BOLTZ2_CHOICES = {
   'use_residue_feats_atoms': False,
   'transformer_post_layer_norm': False,
 }
+BOLTZ_DIFFUSION_SIZES = {
+  **BOLTZ_SIZES,
+  'structure_prediction': True,
+  'token_transformer_depth': 24,
+  'token_transformer_heads': 16,
+  'conditioning_transition_layers': 2,
+  'dim_fourier': 256,
+  'sigma_data': 16.0,
+}
 AF3_ATOM_SIZES = {
   'per_atom_channels': 128,
   'per_atom_pair_channels': 16,
@@ -185,6 +194,14 @@ PRESETS = {
   'boltz2_input_embedder': (
     sa.boltz.Boltz2AtomAttentionConfig,
     {**BOLTZ_SIZES, 'structure_prediction': False, **BOLTZ2_CHOICES},
+  ),
+  'boltz1_diffusion': (
+    sa.boltz.Boltz1DiffusionConfig,
+    {**BOLTZ_DIFFUSION_SIZES, 'token_s_inputs': 455},
+  ),
+  'boltz2_diffusion': (
+    sa.boltz.Boltz2DiffusionConfig,
+    {**BOLTZ_DIFFUSION_SIZES, **BOLTZ2_CHOICES, 'token_s_inputs': 384},
   ),
   'pallatom_atom_transformer': (
     sa.pallatom.AtomTransformerConfig,

@@ -6,7 +6,12 @@ from collections.abc import Sequence
 
 from structattn_jax.benchmark import alphafold3 as atom_cross_attention
 from structattn_jax.benchmark import alphafold3_diffusion_head as diffusion_head
-from structattn_jax.benchmark import boltz, harness, segment
+from structattn_jax.benchmark import (
+  boltz,
+  boltz_diffusion,
+  harness,
+  segment,
+)
 from structattn_jax.benchmark.alphafold2 import invariant_point_attention as ipa
 from structattn_jax.benchmark.alphafold2 import structure_module
 from structattn_jax.benchmark.pallatom import atom_transformers as pallatom
@@ -19,6 +24,7 @@ SECTIONS = {
   'atom_cross_attention': atom_cross_attention,
   'diffusion_head': diffusion_head,
   'boltz': boltz,
+  'boltz_diffusion': boltz_diffusion,
   'sedd': sedd,
   'pallatom': pallatom,
 }

@@ -206,7 +206,7 @@ def function(mode: Mode, candidate: str) -> Callable[..., Any]:
   def forward(params, features, single=None, pair=None, positions=None):
     if candidate == 'published':
       shared = _published_shared(params, features, single, pair)
-      return _published_encode(params, features, shared, positions)
+      return published_encode(params, features, shared, positions)
     context = precompute(params, features, single, pair)
     encoded = encode(params, context, positions)
     return encoded.tokens, encoded.atoms
@@ -245,9 +245,9 @@ def function(mode: Mode, candidate: str) -> Callable[..., Any]:
         encoded = encode(params, context, positions)
         return encoded.tokens, decode(params, context, token_act, encoded.atoms)
       shared = (context.queries, context.conditioning, context.encoder.biases)
-      tokens, atoms = _published_encode(params, features, shared, positions)
+      tokens, atoms = published_encode(params, features, shared, positions)
       shared = (atoms, context.conditioning, context.decoder.biases)
-      return tokens, _published_decode(params, features, shared, token_act)
+      return tokens, published_decode(params, features, shared, token_act)
 
     if candidate == 'cached' and jax.default_backend() == 'cpu':
       return jax.lax.map(lambda x: one(*x), (positions, token_act))
@@ -366,7 +366,8 @@ def _published_transformer(params, q, c, biases, mask):
   return q
 
 
-def _published_encode(params, features, shared, positions):
+def published_encode(params, features, shared, positions):
+  """Tokens and atoms from q, c and the biases of the encoder's layers."""
   own = pm.below(params, 'atom_attention_encoder/')
   q, c, biases = shared
   if positions is not None:
@@ -379,7 +380,8 @@ def _published_encode(params, features, shared, positions):
   return mean.T @ act, q
 
 
-def _published_decode(params, features, shared, token_act):
+def published_decode(params, features, shared, token_act):
+  """The update from q, c and the biases of the decoder's layers."""
   own = pm.below(params, 'atom_attention_decoder/')
   q, c, biases = shared
   act = functional.linear(own, 'a_to_q_trans', token_act)
@@ -408,9 +410,9 @@ def _boltz(mode: Mode, *args: Any) -> Callable[[], Any]:
   def tensor(x: Any) -> Any:
     return torch.from_numpy(np.array(x))
 
-  _load(torch, encoder, pm.below(params, 'atom_attention_encoder/'))
+  load_torch(torch, encoder, pm.below(params, 'atom_attention_encoder/'))
   if config.has_decoder:
-    _load(torch, decoder, pm.below(params, 'atom_attention_decoder/'))
+    load_torch(torch, decoder, pm.below(params, 'atom_attention_decoder/'))
   one_hot = torch.nn.functional.one_hot
   feats = {
     'ref_pos': tensor(features.ref_pos)[None],
@@ -462,7 +464,7 @@ def _boltz(mode: Mode, *args: Any) -> Callable[[], Any]:
   return step
 
 
-def _load(torch: Any, module: Any, params: pm.Params) -> None:
+def load_torch(torch: Any, module: Any, params: pm.Params) -> None:
   """Our parameters into a torch module, by name."""
   own = {
     f'{scope}/{name}': x for scope, y in params.items() for name, x in y.items()
@@ -476,6 +478,7 @@ def _load(torch: Any, module: Any, params: pm.Params) -> None:
       if is_norm:
         ours = {'weight': 'scale', 'bias': 'offset'}[kind]
       value = np.array(own[f'{path}/{ours}']).T
-      if path == 'r_to_q_trans':  # The other columns only ever meet zeros.
-        value = np.pad(value, ((0, 0), (0, 7)))
+      if path.endswith('r_to_q_trans'):
+        # Boltz-1's other columns only ever meet zeros.
+        value = np.pad(value, ((0, 0), (0, target.shape[1] - 3)))
       target.copy_(torch.from_numpy(np.ascontiguousarray(value)))

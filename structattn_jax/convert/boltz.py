@@ -6,6 +6,8 @@ objects), and bare state dicts in PyTorch, safetensors or npz files. Parts:
 
   score_model           atom encoder and decoder of the diffusion module, with
                         Boltz-2's `diffusion_conditioning`
+  diffusion             the whole diffusion module, with the same
+  diffusion_conditioning  that of Boltz-2 alone
   input_embedder        atom encoder of the input
   single_conditioner    the module of that name
   pairwise_conditioner  likewise; that of Boltz-2 is in score_model, too
@@ -13,13 +15,15 @@ objects), and bare state dicts in PyTorch, safetensors or npz files. Parts:
   confidence_...        Boltz-1's second input_embedder; rel_pos of both
 
 Every tensor of a part is used exactly once; `boltz_names` lists them, and what
-is dead. Tensors of other modules are left alone.
+is dead. Tensors of other modules are left alone; the note `not_converted` says
+of each module how many there are.
 
 Sizes, depths and heads are read off the shapes, windows and Boltz-2's choices
 off the hyper-parameters; where both say something they must agree.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
@@ -34,6 +38,7 @@ from structattn_jax.convert import state_dicts
 from structattn_jax.convert.state_dicts import Loaded, State, Table, Weights
 from structattn_jax.network.boltz import atom_attention as boltz_encoders
 from structattn_jax.network.boltz import conditioning as boltz_conditioning
+from structattn_jax.network.boltz import diffusion as boltz_diffusion
 
 _SCORE = 'structure_module.score_model.'
 _CONDITIONING = 'diffusion_conditioning.'
@@ -94,6 +99,7 @@ class _Source(NamedTuple):
   settings: Mapping[str, Any]
   is_boltz2: bool
   allow_nan: bool
+  taken: set[str]  # Names of tensors that a part has used.
 
 
 def load_boltz(
@@ -123,7 +129,10 @@ def load_boltz(
     The configuration, and parameters as float32 NumPy arrays:
     `Boltz1AtomAttentionConfig` or `Boltz2AtomAttentionConfig` for score_model
     and input_embedder, to be used with `cached_atom_attention`;
-    `SingleConditioningConfig`, `PairwiseConditioningConfig` or
+    `Boltz1DiffusionConfig` or `Boltz2DiffusionConfig` for diffusion, to be used
+    with `cached_diffusion`; `Boltz2AtomAttentionConfig` for
+    diffusion_conditioning; `SingleConditioningConfig`,
+    `PairwiseConditioningConfig` or
     `RelativePositionConfig` for the others.
 
   Raises:
@@ -162,7 +171,26 @@ def read(
       f'{", ".join(parts)}'
     )
   config, params = parts[part](source)
-  return Loaded(config, params, {'weights': weights})
+  notes = {'weights': weights}
+  if rest := _rest(source):
+    notes['not_converted'] = rest
+  return Loaded(config, params, notes)
+
+
+def _rest(source: _Source) -> str:
+  """What else there is, by module: number of tensors and of parameters."""
+  found: dict[str, list[int]] = {}
+  for name, value in source.state.items():
+    if name in source.taken:
+      continue
+    # What is inside of the score model has parts of its own.
+    depth = 3 if name.startswith(_SCORE) else 1
+    module = '.'.join(name.split('.')[:depth])
+    found.setdefault(module, []).append(math.prod(value.shape))
+  return files.listed(
+    f'{module}: {len(sizes)} tensors with {sum(sizes):,} numbers'
+    for module, sizes in sorted(found.items())
+  )
 
 
 def _open(
@@ -185,7 +213,7 @@ def _open(
   )
   if not isinstance(settings, Mapping):
     settings = {}
-  return _Source(path, state, settings, is_boltz2, allow_nan)
+  return _Source(path, state, settings, is_boltz2, allow_nan, set())
 
 
 def _averaged(path: checkpoint.Path, state: State, averages: Any) -> State:
@@ -204,10 +232,98 @@ def _averaged(path: checkpoint.Path, state: State, averages: Any) -> State:
 
 def _score_model(source: _Source) -> tuple[Any, hk.Params]:
   """Encoder and decoder of the diffusion module."""
+  encoder, decoder = (
+    f'{_SCORE}atom_attention_{part}.' for part in ('encoder', 'decoder')
+  )
+  table, values = _atom_table(source)
+  prefixes = [encoder, decoder, *([_CONDITIONING] * source.is_boltz2)]
+  sizes, params = _convert(source, 'score_model', prefixes, table)
+  return _config(source, values, sizes, 'score_model_args'), params
+
+
+def _diffusion(source: _Source) -> tuple[Any, hk.Params]:
+  """The whole diffusion module."""
+  version2 = source.is_boltz2
+  table, values = _atom_table(source)
+  name = f'{_SCORE}token_transformer.layers'
+  depth = state_dicts.num_layers(source.state, name)
+  if not depth:
+    raise state_dicts.MissingPartError(
+      f'{source.path}: nothing is called {name}..., so there is no diffusion'
+    )
+  prefix = f'{_SCORE}single_conditioner.transitions'
+  transitions = state_dicts.num_layers(source.state, prefix)
+  own = {
+    **names.tokens(names.Layers(depth, False), version2=version2),
+    **names.below(
+      'single_conditioner.',
+      'single_conditioner',
+      names.single_conditioner(transitions, has_times=True, hidden='4*token_s'),
+    ),
+  }
+  if version2:
+    _agree(
+      source,
+      values,
+      {
+        'token_transformer_depth': depth,
+        'conditioning_transition_layers': transitions,
+      },
+      ('token_transformer_depth', 'conditioning_transition_layers'),
+    )
+  else:
+    own |= names.below(
+      'pairwise_conditioner.',
+      'pairwise_conditioner',
+      names.pairwise_conditioner(transitions, '2*token_z', '2*token_z'),
+    )
+  values |= {
+    'token_transformer_depth': depth,
+    'conditioning_transition_layers': transitions,
+  }
+  table |= names.below(_SCORE, '', own)
+  prefixes = [_SCORE, *([_CONDITIONING] * version2)]
+  sizes, params = _convert(source, 'diffusion', prefixes, table)
+  values['token_s_inputs'] = sizes.pop('num_input') - sizes['token_s']
+  process = source.settings.get('diffusion_process_args')
+  if isinstance(process, dict) and 'sigma_data' in process:
+    values['sigma_data'] = process['sigma_data']
+  classes: dict[bool, Any] = {
+    False: boltz_diffusion.Boltz1DiffusionConfig,
+    True: boltz_diffusion.Boltz2DiffusionConfig,
+  }
+  return _config(
+    source, values, sizes, 'score_model_args', classes[version2]
+  ), params
+
+
+def _diffusion_conditioning(source: _Source) -> tuple[Any, hk.Params]:
+  """Boltz-2's, which the score model takes from outside."""
+  values: dict[str, Any] = {}
+  for key, module in (
+    ('atom_encoder_depth', 'atom_enc_proj_z'),
+    ('atom_decoder_depth', 'atom_dec_proj_z'),
+    ('token_transformer_depth', 'token_trans_proj_z'),
+    ('conditioning_transition_layers', 'pairwise_conditioner.transitions'),
+  ):
+    prefix = f'{_CONDITIONING}{module}'
+    values[key] = state_dicts.num_layers(source.state, prefix)
+  table = names.below(
+    _CONDITIONING,
+    'diffusion_conditioning',
+    names.diffusion_conditioning(**values),
+  )
+  sizes, params = _convert(
+    source, 'diffusion_conditioning', [_CONDITIONING], table
+  )
+  return _config(source, values, sizes, 'score_model_args'), params
+
+
+def _atom_table(source: _Source) -> tuple[Table, dict[str, Any]]:
+  """Of atom encoder, decoder and Boltz-2's conditioning; depths, choices."""
   version2 = source.is_boltz2
   encoder = f'{_SCORE}atom_attention_encoder.'
   decoder = f'{_SCORE}atom_attention_decoder.'
-  prefixes = [encoder, decoder]
   layers = _layers(source, f'{encoder}atom_encoder')
   last = _layers(source, f'{decoder}atom_decoder')
   values: dict[str, Any] = {
@@ -225,7 +341,6 @@ def _score_model(source: _Source) -> tuple[Any, hk.Params]:
     ),
   }
   if version2:
-    prefixes.append(_CONDITIONING)
     values |= {
       'token_transformer_depth': state_dicts.num_layers(
         source.state, f'{_CONDITIONING}token_trans_proj_z'
@@ -238,8 +353,7 @@ def _score_model(source: _Source) -> tuple[Any, hk.Params]:
     }
     inner = names.diffusion_conditioning(**values)
     table |= names.below(_CONDITIONING, 'diffusion_conditioning', inner)
-  sizes, params = _convert(source, 'score_model', prefixes, table)
-  return _config(source, values, sizes, 'score_model_args'), params
+  return table, values
 
 
 def _input_embedder(source: _Source, outer: str = '') -> tuple[Any, hk.Params]:
@@ -333,6 +447,7 @@ def _rel_pos(source: _Source, outer: str = '') -> tuple[Any, hk.Params]:
 _Part = Callable[[_Source], tuple[Any, hk.Params]]
 _BOTH: dict[str, _Part] = {
   'score_model': _score_model,
+  'diffusion': _diffusion,
   'input_embedder': _input_embedder,
   'single_conditioner': _single_conditioner,
   'pairwise_conditioner': _pairwise_conditioner,
@@ -345,7 +460,10 @@ BOLTZ1_PARTS: dict[str, _Part] = {
     source, _CONFIDENCE
   ),
 }
-BOLTZ2_PARTS = _BOTH
+BOLTZ2_PARTS: dict[str, _Part] = {
+  **_BOTH,
+  'diffusion_conditioning': _diffusion_conditioning,
+}
 
 
 # Sizes and settings.
@@ -365,6 +483,7 @@ def _convert(
       f'{source.path}: nothing is called {prefixes[0]}..., so there is no '
       f'{what.strip(".")}'
     )
+  source.taken.update(own)
   version = f'Boltz-{1 + source.is_boltz2} {what.strip(".")}'
   return state_dicts.convert(
     source.path, version, own, table, allow_nan=source.allow_nan
@@ -376,6 +495,7 @@ def _config(
   values: dict[str, Any],
   sizes: dict[str, int],
   arguments: str,
+  config_class: Any = None,
 ) -> boltz_encoders.Config:
   """Config of an encoder, from sizes, settings and what is known already."""
   settings = source.settings
@@ -388,7 +508,7 @@ def _config(
       for size in ('depth', 'heads')
     ]
     found = {**sizes, **values}
-    if source.is_boltz2:
+    if 'transformer_post_layer_norm' in found:
       found['transformer_post_ln'] = found['transformer_post_layer_norm']
     _agree(source, nested, found, [*keys, 'transformer_post_ln'])
   features = sizes.pop('features', None)
@@ -401,8 +521,9 @@ def _config(
     False: boltz_encoders.Boltz1AtomAttentionConfig,
     True: boltz_encoders.Boltz2AtomAttentionConfig,
   }
+  config_class = config_class or config_classes[source.is_boltz2]
   try:
-    return config_classes[source.is_boltz2](**{**values, **sizes})
+    return config_class(**{**values, **sizes})
   except (TypeError, ValueError) as error:
     raise CheckpointError(f'{source.path}: {error}') from None
 

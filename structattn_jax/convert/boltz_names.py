@@ -142,38 +142,76 @@ def embedding(features: str, *, structure: bool, bias: bool = False) -> Table:
 
 def transformer(name: str, layers: Layers, *, version2: bool) -> Table:
   """`AtomTransformer`; that of Boltz-1 projects the pair itself."""
+  pair = None if version2 else ('atom_z', f'{name}_heads')
+  table = diffusion_transformer(layers, 'atom_s', pair)
+  own = f'{name}.diffusion_transformer'
+  return below(f'{own}.', own.replace('.', '/'), table)
+
+
+def diffusion_transformer(
+  layers: Layers, channels: str, pair: tuple[str, str] | None
+) -> Table:
+  """`DiffusionTransformer`, over atoms or tokens.
+
+  Args:
+    layers: of the transformer.
+    channels: size of activations and conditioning.
+    pair: sizes of the pair and of heads where layers project it (Boltz-1).
+  """
   table: Table = {}
+  twice = _multiple(2, channels)
   for i in range(layers.depth):
-    layer = f'{name}.diffusion_transformer.layers.{i}'
+    layer = f'layers.{i}'
     attention, transition = f'{layer}.pair_bias_attn', f'{layer}.transition'
     for inner in (layer, transition):
       table |= {
-        **norm(f'{inner}.adaln.s_norm', 'atom_s', offset=False),
-        **linear(f'{inner}.adaln.s_scale', 'atom_s', 'atom_s', bias=True),
-        **linear(f'{inner}.adaln.s_bias', 'atom_s', 'atom_s'),
+        **norm(f'{inner}.adaln.s_norm', channels, offset=False),
+        **linear(f'{inner}.adaln.s_scale', channels, channels, bias=True),
+        **linear(f'{inner}.adaln.s_bias', channels, channels),
       }
-    table |= linear(f'{attention}.proj_q', 'atom_s', 'atom_s', bias=True)
+    table |= linear(f'{attention}.proj_q', channels, channels, bias=True)
     for x in ('k', 'v', 'g', 'o'):
-      table |= linear(f'{attention}.proj_{x}', 'atom_s', 'atom_s')
-    if not version2:
-      table |= norm(f'{attention}.proj_z.0', 'atom_z')
-      table |= linear(f'{attention}.proj_z.1', f'{name}_heads', 'atom_z')
+      table |= linear(f'{attention}.proj_{x}', channels, channels)
+    if pair is not None:
+      table |= norm(f'{attention}.proj_z.0', pair[0])
+      table |= linear(f'{attention}.proj_z.1', pair[1], pair[0])
     gate, second = f'{layer}.output_projection_linear', 'output_projection.0'
-    table |= linear(gate, 'atom_s', 'atom_s', bias=True)
+    table |= linear(gate, channels, channels, bias=True)
     # The same tensors a second time.
-    for own, axes in (('weight', 'atom_s atom_s'), ('bias', 'atom_s')):
+    for own, axes in (
+      ('weight', f'{channels} {channels}'),
+      ('bias', channels),
+    ):
       table[f'{layer}.{second}.{own}'] = state_dicts.Entry(
         axes, None, copy_of=f'{gate}.{own}'
       )
     table |= {
-      **linear(f'{transition}.swish_gate.0', '4*atom_s', 'atom_s'),
-      **linear(f'{transition}.a_to_b', '2*atom_s', 'atom_s'),
-      **linear(f'{transition}.b_to_a', 'atom_s', '2*atom_s'),
-      **linear(f'{transition}.{second}', 'atom_s', 'atom_s', bias=True),
+      **linear(f'{transition}.swish_gate.0', _multiple(4, channels), channels),
+      **linear(f'{transition}.a_to_b', twice, channels),
+      **linear(f'{transition}.b_to_a', channels, twice),
+      **linear(f'{transition}.{second}', channels, channels, bias=True),
     }
     if layers.post_norm:
-      table |= norm(f'{layer}.post_lnorm', 'atom_s')
+      table |= norm(f'{layer}.post_lnorm', channels)
   return table
+
+
+def _multiple(factor: int, size: str) -> str:
+  """'4*c' of 4 and 'c', or of 2 and '2*c'."""
+  own, _, name = size.rpartition('*')
+  return f'{factor * int(own or 1)}*{name}'
+
+
+def tokens(layers: Layers, *, version2: bool) -> Table:
+  """What a diffusion module does with tokens."""
+  pair = None if version2 else ('token_z', 'token_transformer_heads')
+  table = diffusion_transformer(layers, '2*token_s', pair)
+  return {
+    **norm('s_to_a_linear.0', '2*token_s'),
+    **linear('s_to_a_linear.1', '2*token_s', '2*token_s'),
+    **below('token_transformer.', 'token_transformer', table),
+    **norm('a_norm', '2*token_s'),
+  }
 
 
 def pairwise_conditioner(
@@ -187,12 +225,14 @@ def pairwise_conditioner(
   }
 
 
-def single_conditioner(num_transitions: int, *, has_times: bool) -> Table:
+def single_conditioner(
+  num_transitions: int, *, has_times: bool, hidden: str = 'hidden'
+) -> Table:
   """`SingleConditioning`."""
   table = {
     **norm('norm_single', 'num_input'),
     **linear('single_embed', '2*token_s', 'num_input', bias=True),
-    **transitions(num_transitions, '2*token_s'),
+    **transitions(num_transitions, '2*token_s', hidden),
   }
   if has_times:
     table |= {

@@ -35,7 +35,11 @@ from structattn_jax.data.feature_types import (
   ProteinSequence,
   TokenFeatures,
 )
-from structattn_jax.data.features import featurise, protein_only
+from structattn_jax.data.features import (
+  atom_order,
+  featurise,
+  protein_only,
+)
 from structattn_jax.data.protein_ligand import (
   EncodedPairs,
   EncodingReport,
@@ -50,6 +54,7 @@ from structattn_jax.data.sedd import (
   cover_pairs,
   pad_tokens,
 )
+from structattn_jax.data.structure_writer import mmcif_text, write_mmcif
 from structattn_jax.data.structures import (
   LigandSmiles,
   Structure,
@@ -89,6 +94,7 @@ __all__ = (
   'TokenFeatures',
   'alphafold3_batch',
   'alphafold3_windows',
+  'atom_order',
   'boltz_atom_features',
   'bundled_pairs',
   'choose_bucket',
@@ -99,10 +105,12 @@ __all__ = (
   'featurise_alphafold3',
   'ligand_smiles',
   'load_structure',
+  'mmcif_text',
   'pad_features',
   'pad_tokens',
   'protein_only',
   'read_pairs',
+  'write_mmcif',
 )
 
 _EXAMPLES = {

@@ -74,6 +74,11 @@ def featurise(
   return assemble(structure, order, atom_residue, **reference)
 
 
+def atom_order(structure: structures.Structure) -> np.ndarray:
+  """[n_atom] int, the structure's atom behind each row of `featurise`."""
+  return _reference_rows(structure)['order']
+
+
 def assemble(
   structure: structures.Structure,
   source: np.ndarray,

@@ -62,7 +62,8 @@ def atom_attention(
   Args:
     params: of either version; see `network.boltz.atom_attention`.
     inputs: the fields of `BoltzAtomFeatures`; with the structure `single`,
-      `pair`, `positions` and what is decoded, `token_act`, too.
+      `pair`, `positions` and what is decoded, `token_act`, too; a function
+      gets the encoder's tokens and returns it.
     version: 1 or 2.
     n_query: query atoms per window.
     n_key: key atoms per window.
@@ -81,11 +82,11 @@ def atom_attention(
   structure = 'single' in inputs
   own = params
   if version == 1:
-    own = _below(params, 'atom_attention_encoder/')
+    own = below(params, 'atom_attention_encoder/')
   elif structure:
-    own = _below(params, 'diffusion_conditioning/atom_encoder/')
+    own = below(params, 'diffusion_conditioning/atom_encoder/')
   else:
-    own = _below(params, 'atom_encoder/')
+    own = below(params, 'atom_encoder/')
 
   # Alg. 5, line 1.
   features = [inputs['ref_pos'], inputs['ref_charge'][:, None]]
@@ -104,11 +105,11 @@ def atom_attention(
       _one_hot(inputs['mol_type'], 4),
     ]
     features.append(_of_token(np.concatenate(of_tokens, 1), token))
-  c = _linear(own, 'embed_atom_features', np.concatenate(features, 1))
+  c = linear(own, 'embed_atom_features', np.concatenate(features, 1))
   q = c
   if structure:
     trunk = numerics.layer_norm(inputs['single'], **own['s_to_c_trans_0'])
-    c = c + _of_token(_linear(own, 's_to_c_trans_1', trunk), token)
+    c = c + _of_token(linear(own, 's_to_c_trans_1', trunk), token)
 
   # Lines 2-6, 10, 13 and 14, pair by pair.
   n_window = len(mask) // n_query
@@ -116,9 +117,9 @@ def atom_attention(
   z = None
   if structure:
     z = numerics.layer_norm(inputs['pair'], **own['z_to_p_trans_0'])
-    z = _linear(own, 'z_to_p_trans_1', z)
-  row = _linear(own, 'c_to_p_trans_q_1', np.maximum(c, 0))
-  column = _linear(own, 'c_to_p_trans_k_1', np.maximum(c, 0))
+    z = linear(own, 'z_to_p_trans_1', z)
+  row = linear(own, 'c_to_p_trans_q_1', np.maximum(c, 0))
+  column = linear(own, 'c_to_p_trans_k_1', np.maximum(c, 0))
   p = np.zeros((n_window, n_query, n_key, row.shape[1]), np.float64)
   for at in np.ndindex(*p.shape[:3]):
     i, j = at[0] * n_query + at[1], keys[at[0], at[2]]
@@ -138,7 +139,7 @@ def atom_attention(
       p[at] += z[token[i], token[j]]
   hidden = p
   for i in (1, 3, 5):
-    hidden = _linear(own, f'p_mlp_{i}', np.maximum(hidden, 0))
+    hidden = linear(own, f'p_mlp_{i}', np.maximum(hidden, 0))
   p = p + hidden
 
   def biases(part: str, depth: int) -> list[np.ndarray]:
@@ -156,17 +157,17 @@ def atom_attention(
   def transformer(part: str, depth: int, heads: int, q: np.ndarray):
     scope = f'atom_attention_{part}/atom_{part}/diffusion_transformer/layers_'
     for i, bias in enumerate(biases(part, depth)):
-      layer = _below(params, f'{scope}{i}/')
-      q = _layer(layer, q, c, bias, mask, keys, heads)
+      own = below(params, f'{scope}{i}/')
+      q = layer(own, q, c, bias, mask, keys, heads)
     return q
 
   # Lines 11, 15 and 16.
   if structure:
-    q = q + _linear(
+    q = q + linear(
       params, 'atom_attention_encoder/r_to_q_trans', inputs['positions']
     )
   q = transformer('encoder', *encoder, q)
-  act = _linear(params, 'atom_attention_encoder/atom_to_token_trans_0', q)
+  act = linear(params, 'atom_attention_encoder/atom_to_token_trans_0', q)
   act = np.maximum(act, 0)
   tokens = np.zeros((num_tokens, act.shape[1]), np.float64)
   for t in range(num_tokens):
@@ -177,16 +178,18 @@ def atom_attention(
 
   # Alg. 6.
   scope = 'atom_attention_decoder/'
-  act = _linear(params, f'{scope}a_to_q_trans', inputs['token_act'])
+  act = inputs['token_act']
+  act = act(tokens) if callable(act) else act
+  act = linear(params, f'{scope}a_to_q_trans', act)
   q = transformer('decoder', *decoder, q + _of_token(act, token))
   name = f'{scope}atom_feat_to_atom_pos_update'
   if name not in params:
     q, name = numerics.layer_norm(q, **params[f'{name}_0']), f'{name}_1'
-  found['update'] = _linear(params, name, q)
+  found['update'] = linear(params, name, q)
   return found
 
 
-def _layer(
+def layer(
   params: Params,
   a: np.ndarray,
   c: np.ndarray,
@@ -197,10 +200,10 @@ def _layer(
 ) -> np.ndarray:
   """One layer of Alg. 23, a window after the other."""
   n_window, n_query, _, _ = bias.shape
-  b = _ada_ln(_below(params, 'adaln/'), a, c)
-  own = _below(params, 'pair_bias_attn/')
+  b = _ada_ln(below(params, 'adaln/'), a, c)
+  own = below(params, 'pair_bias_attn/')
   q, k, v = (
-    _linear(own, f'proj_{x}', b).reshape(len(a), heads, -1) for x in 'qkv'
+    linear(own, f'proj_{x}', b).reshape(len(a), heads, -1) for x in 'qkv'
   )
   out = np.zeros(q.shape, np.float64)
   for w in range(n_window):
@@ -213,15 +216,15 @@ def _layer(
     logits = logits / np.sqrt(q.shape[-1]) + bias[w][:, kept]
     weights = numerics.softmax(logits, 1)
     out[rows] = np.einsum('ijh,jhd->ihd', weights, v[own_keys])
-  gate = _sigmoid(_linear(own, 'proj_g', b))
-  out = _linear(own, 'proj_o', gate * out.reshape(a.shape))
-  a = a + _sigmoid(_linear(params, 'output_projection_linear', c)) * out
-  own = _below(params, 'transition/')
-  b = _ada_ln(_below(own, 'adaln/'), a, c)
-  x1, x2 = np.split(_linear(own, 'swish_gate_0', b), 2, -1)
-  hidden = x2 * _sigmoid(x2) * x1 * _linear(own, 'a_to_b', b)
-  gate = _sigmoid(_linear(own, 'output_projection_0', c))
-  a = a + gate * _linear(own, 'b_to_a', hidden)
+  gate = _sigmoid(linear(own, 'proj_g', b))
+  out = linear(own, 'proj_o', gate * out.reshape(a.shape))
+  a = a + _sigmoid(linear(params, 'output_projection_linear', c)) * out
+  own = below(params, 'transition/')
+  b = _ada_ln(below(own, 'adaln/'), a, c)
+  x1, x2 = np.split(linear(own, 'swish_gate_0', b), 2, -1)
+  hidden = x2 * _sigmoid(x2) * x1 * linear(own, 'a_to_b', b)
+  gate = _sigmoid(linear(own, 'output_projection_0', c))
+  a = a + gate * linear(own, 'b_to_a', hidden)
   if 'post_lnorm' in params:
     a = numerics.layer_norm(a, **params['post_lnorm'])
   return a
@@ -229,13 +232,13 @@ def _layer(
 
 def _ada_ln(params: Params, a: np.ndarray, c: np.ndarray) -> np.ndarray:
   c = numerics.layer_norm(c, **params['s_norm'])
-  scale = _sigmoid(_linear(params, 's_scale', c))
-  return scale * numerics.layer_norm(a) + _linear(params, 's_bias', c)
+  scale = _sigmoid(linear(params, 's_scale', c))
+  return scale * numerics.layer_norm(a) + linear(params, 's_bias', c)
 
 
 def _pair_bias(params: Params, name: str, p: np.ndarray) -> np.ndarray:
   p = numerics.layer_norm(p, **params[f'{name}_0'])
-  return _linear(params, f'{name}_1', p)
+  return linear(params, f'{name}_1', p)
 
 
 def _keys(n_window: int, n_query: int, n_key: int) -> np.ndarray:
@@ -245,7 +248,8 @@ def _keys(n_window: int, n_query: int, n_key: int) -> np.ndarray:
   return np.where((keys < 0) | (keys >= n_window * n_query), -1, keys)
 
 
-def _linear(params: Params, name: str, x: np.ndarray) -> np.ndarray:
+def linear(params: Params, name: str, x: np.ndarray) -> np.ndarray:
+  """X @ weights and, where there is one, + bias."""
   return x @ params[name]['weights'] + params[name].get('bias', 0.0)
 
 
@@ -261,7 +265,8 @@ def _sigmoid(x: np.ndarray) -> np.ndarray:
   return 1 / (1 + np.exp(-x))
 
 
-def _below(params: Params, scope: str) -> dict[str, Any]:
+def below(params: Params, scope: str) -> dict[str, Any]:
+  """The modules whose path starts with `scope`, without it."""
   return {
     module.removeprefix(scope): arrays
     for module, arrays in params.items()

@@ -14,7 +14,13 @@ from structattn_jax.verification import (
   alphafold3_diffusion_head as af3_diffusion_head,
 )
 from structattn_jax.verification import boltz as boltz_atom_encoder
-from structattn_jax.verification import pallatom, sedd, sedd_diffusion, seeds
+from structattn_jax.verification import (
+  boltz_diffusion,
+  pallatom,
+  sedd,
+  sedd_diffusion,
+  seeds,
+)
 from structattn_jax.verification.golden import (
   Golden,
   GoldenError,
@@ -70,6 +76,8 @@ REPLAYS: dict[tuple[str, str], Replay] = {
     )
   },
   ('boltz_atom_encoder', 'conditioning'): boltz_atom_encoder.blocks,
+  ('boltz_diffusion', 'boltz1'): boltz_diffusion.module,
+  ('boltz_diffusion', 'boltz2'): boltz_diffusion.module,
   ('pallatom_atom_transformers', 'build_sparse_pairs'): pallatom.sparse_pairs,
   ('pallatom_atom_transformers', 'AtomTransformer'): pallatom.atom_transformer,
   (

@@ -20,7 +20,8 @@ from structattn_jax.verification.golden import Comparison, Golden
 _ROOTS = re.compile(
   r'(diffusion_conditioning|atom_attention_encoder|atom_attention_decoder|'
   r'atom_encoder|atom_enc_proj_z|single_conditioner_no_times|'
-  r'single_conditioner|pairwise_conditioner|rel_pos)\..*'
+  r'single_conditioner|pairwise_conditioner|rel_pos|s_to_a_linear|'
+  r'token_transformer|a_norm)\..*'
 )
 # A second name of `output_projection_linear`.
 _COPY = re.compile(r'layers\.\d+\.output_projection\.0\.')

@@ -7,6 +7,7 @@ transformed functions with the float64 oracle of the same formula, so that
 """
 
 import dataclasses
+import functools
 import operator
 import re
 from collections.abc import Callable, Mapping
@@ -26,6 +27,7 @@ from structattn_jax.network.alphafold3 import cached_diffusion as cdh
 from structattn_jax.network.alphafold3 import diffusion_head as dh
 from structattn_jax.network.alphafold3 import window_plan as wp
 from structattn_jax.network.boltz import atom_attention as boltz
+from structattn_jax.network.boltz import diffusion as boltz_diffusion_module
 from structattn_jax.network.sedd import dual_track as sedd_dual_track
 from structattn_jax.network.seeds import token_atom_attention as taa
 from structattn_jax.network.seeds import (
@@ -36,6 +38,9 @@ from structattn_jax.reference import (
   alphafold3_diffusion_head as head_reference,
 )
 from structattn_jax.reference import boltz as boltz_reference
+from structattn_jax.reference import (
+  boltz_diffusion as boltz_diffusion_reference,
+)
 from structattn_jax.reference import pallatom as pallatom_reference
 from structattn_jax.reference import sedd as sedd_reference
 from structattn_jax.reference.alphafold2 import (
@@ -359,6 +364,15 @@ def token_attention_pool(
   )
 
 
+_BOLTZ_SHAPES = {
+  'ref_pos': 'n_atom 3',
+  'ref_charge': 'n_atom',
+  'ref_element': 'n_atom',
+  'ref_atom_name_chars': 'n_atom 4',
+  'ref_space_uid': 'n_atom',
+  'atom_mask': 'n_atom',
+  'atom_to_token': 'n_atom',
+}
 _BOLTZ2_SHAPES = {
   'atom_backbone_feat': 'n_atom',
   'res_type': 'n_token',
@@ -369,38 +383,18 @@ _BOLTZ2_SHAPES = {
 
 def boltz_atom_attention(config: boltz.Config, num_tokens: int) -> System:
   """Boltz's atom attention encoder and decoder of either version."""
-  atoms = [field.name for field in dataclasses.fields(boltz.BoltzAtomFeatures)]
-
-  def arguments(inputs: Inputs) -> dict[str, Any]:
-    own = {k: x for k, x in inputs.items() if k in atoms}
-    features = boltz.BoltzAtomFeatures(**own, num_tokens=num_tokens)
-    rest = {k: x for k, x in inputs.items() if k not in atoms}
-    return {'features': features, **rest}
-
   is_second = isinstance(config, boltz.Boltz2AtomAttentionConfig)
 
   def oracle(
     params: hk.Params, inputs: Inputs
   ) -> boltz.BoltzAtomAttentionOutput:
-    options = {}
-    if is_second:
-      names = (
-        'use_no_atom_char',
-        'use_atom_backbone_feat',
-        'use_residue_feats_atoms',
-      )
-      options = {name: getattr(config, name) for name in names}
     decoder = (config.atom_decoder_depth, config.atom_decoder_heads)
     found: Any = boltz_reference.atom_attention(
       {module: float64(arrays) for module, arrays in params.items()},
       float64(inputs),
-      version=2 if is_second else 1,
-      n_query=config.atoms_per_window_queries,
-      n_key=config.atoms_per_window_keys,
-      encoder=(config.atom_encoder_depth, config.atom_encoder_heads),
+      **_boltz_options(config),
       decoder=decoder if 'token_act' in inputs else None,
       num_tokens=num_tokens,
-      **options,
     )
     return boltz.BoltzAtomAttentionOutput(
       found['tokens'], found['atoms'], found.get('update')
@@ -414,21 +408,99 @@ def boltz_atom_attention(config: boltz.Config, num_tokens: int) -> System:
     boltz.transform_atom_attention(config),
     oracle,
     {
-      'ref_pos': 'n_atom 3',
-      'ref_charge': 'n_atom',
-      'ref_element': 'n_atom',
-      'ref_atom_name_chars': 'n_atom 4',
-      'ref_space_uid': 'n_atom',
-      'atom_mask': 'n_atom',
-      'atom_to_token': 'n_atom',
+      **_BOLTZ_SHAPES,
       **(_BOLTZ2_SHAPES if is_second else {}),
       'single': 'n_token token_s',
       'pair': 'n_token n_token token_z',
       'positions': 'n_atom 3',
       'token_act': 'n_token twice_token_s',
     },
-    arguments,
+    functools.partial(_boltz_arguments, num_tokens),
   )
+
+
+def boltz_diffusion(
+  config: boltz_diffusion_module.DiffusionConfig, num_tokens: int
+) -> System:
+  """Boltz's diffusion module of either version, cached."""
+  functions = boltz_diffusion_module.cached_diffusion(config)
+
+  def run(
+    params: hk.Params, positions: jax.Array, sigma: jax.Array, **embeddings: Any
+  ) -> dict[str, jax.Array]:
+    context = functions.precompute(params, **embeddings)
+    denoised = functions.denoise(params, context, positions[None], sigma)
+    return {'denoised': denoised[0]}
+
+  def init(key: jax.Array, **arguments: Any) -> Any:
+    params = functions.init(key)
+    jax.eval_shape(run, params, **arguments)  # For its checks.
+    return params
+
+  def oracle(params: hk.Params, inputs: Inputs) -> dict[str, np.ndarray]:
+    denoised, _ = boltz_diffusion_reference.denoise(
+      {module: float64(arrays) for module, arrays in params.items()},
+      float64(inputs),
+      **_boltz_options(config),
+      decoder=(config.atom_decoder_depth, config.atom_decoder_heads),
+      transformer=(
+        config.token_transformer_depth,
+        config.token_transformer_heads,
+      ),
+      sigma_data=config.sigma_data,
+    )
+    return {'denoised': denoised}
+
+  is_second = isinstance(config, boltz.Boltz2AtomAttentionConfig)
+  return System(
+    'boltz_diffusion',
+    'Boltz diffusion module',
+    'Boltz DiffusionModule; Abramson et al. 2024, Suppl. Algs. 20-21',
+    hk.Transformed(init, run),
+    oracle,
+    {
+      **_BOLTZ_SHAPES,
+      **(_BOLTZ2_SHAPES if is_second else {}),
+      'token_mask': 'n_token',
+      'single_inputs': 'n_token token_s_inputs',
+      'single': 'n_token token_s',
+      'pair': 'n_token n_token token_z',
+      'relative_position': 'n_token n_token token_z',
+      'positions': 'n_atom 3',
+      'sigma': '',
+    },
+    functools.partial(_boltz_arguments, num_tokens),
+  )
+
+
+def _boltz_arguments(num_tokens: int, inputs: Inputs) -> dict[str, Any]:
+  """The features of atoms as one argument, the rest by name."""
+  own = {
+    name: x
+    for name, x in inputs.items()
+    if name in _BOLTZ_SHAPES or name in _BOLTZ2_SHAPES
+  }
+  features = boltz.BoltzAtomFeatures(**own, num_tokens=num_tokens)
+  rest = {name: x for name, x in inputs.items() if name not in own}
+  return {'features': features, **rest}
+
+
+def _boltz_options(config: boltz.Config) -> dict[str, Any]:
+  """What both oracles of Boltz take from a configuration."""
+  options: dict[str, Any] = {
+    'version': 1,
+    'n_query': config.atoms_per_window_queries,
+    'n_key': config.atoms_per_window_keys,
+    'encoder': (config.atom_encoder_depth, config.atom_encoder_heads),
+  }
+  if isinstance(config, boltz.Boltz2AtomAttentionConfig):
+    options |= {
+      'version': 2,
+      'use_no_atom_char': config.use_no_atom_char,
+      'use_atom_backbone_feat': config.use_atom_backbone_feat,
+      'use_residue_feats_atoms': config.use_residue_feats_atoms,
+    }
+  return options
 
 
 def atom_transformer(config: pallatom.AtomTransformerConfig) -> System:

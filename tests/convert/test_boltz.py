@@ -14,7 +14,10 @@ from structattn_jax import checkpoint, convert
 from structattn_jax.convert import boltz, state_dicts, torch_file
 from structattn_jax.network.boltz import atom_attention as boltz_encoders
 from structattn_jax.network.boltz import conditioning as boltz_conditioning
+from structattn_jax.network.boltz import diffusion as boltz_diffusion
 from structattn_jax.network.boltz import parameters as boltz_parameters
+from structattn_jax.verification import boltz_diffusion as replay_diffusion
+from structattn_jax.verification import golden as golden_lib
 
 FOLDER = pathlib.Path(__file__).parents[1] / 'goldens/boltz_atom_encoder'
 BOLTZ1 = FOLDER / 'boltz1_sample.ckpt'
@@ -211,6 +214,9 @@ def test_conditioners_run_with_the_converted_parameters():
 def test_omegaconf_objects_are_unwrapped():
   assert settings_of(OMEGACONF) == settings_of(BOLTZ2)
   for part in boltz.BOLTZ2_PARTS:
+    if part == 'diffusion':  # These files have no token transformer.
+      assert 'there is no diffusion' in refusal(OMEGACONF, part)
+      continue
     config, params = convert.load_boltz(OMEGACONF, part)
     want_config, want = convert.load_boltz(BOLTZ2, part)
     assert config == want_config
@@ -561,3 +567,99 @@ def test_nested_settings_without_end_are_cut():
   for _ in range(2000):
     deep = {'a': deep, 'b': deep}
   assert set(state_dicts.plain(deep)) == {'a', 'b'}
+
+
+# The whole diffusion module, from the parameters of its goldens.
+
+
+def diffusion_golden(version: int) -> golden_lib.Golden:
+  case = f'v{version}_small'
+  path = FOLDER.parent / 'boltz_diffusion' / f'{case}.npz'
+  return golden_lib.Golden.read(path, case)
+
+
+def diffusion_checkpoint(tmp_path, version, **changes):
+  """A checkpoint of a golden's model; `changes` are of its state."""
+  golden = diffusion_golden(version)
+  sizes = golden.meta['config']
+  windows = ('atoms_per_window_queries', 'atoms_per_window_keys')
+  settings = {
+    **{name: sizes[name] for name in windows},
+    'atom_s': sizes['atom_s'],
+    'token_s': sizes['token_s'],
+    'score_model_args': {
+      'token_transformer_depth': sizes['token_transformer_depth'],
+      'token_transformer_heads': sizes['token_transformer_heads'],
+    },
+    'diffusion_process_args': {'sigma_data': 16.0},
+  }
+  state = {**golden.part('params'), **changes}
+  state = {name: value for name, value in state.items() if value is not None}
+  if version == 2:  # No shape has it in Boltz-2's score model.
+    settings['score_model_args']['atom_encoder_heads'] = 2
+  return written(tmp_path, state, settings)
+
+
+@pytest.mark.parametrize('version', [1, 2])
+def test_whole_diffusion_module_is_converted(tmp_path, version):
+  path = diffusion_checkpoint(
+    tmp_path,
+    version,
+    **{
+      'msa_module.a.weight': np.zeros((2, 3), np.float32),
+      'msa_module.b.weight': np.zeros(4, np.float32),
+    },
+  )
+  loaded = boltz.read(path, 'diffusion')
+  case = replay_diffusion.case_of(diffusion_golden(version))
+  assert loaded.config == case.config
+  jax.tree.map(np.testing.assert_array_equal, loaded.params, case.params)
+  want = boltz_diffusion.diffusion_parameters(case.config)
+  assert {k: set(v) for k, v in loaded.params.items()} == {
+    k: set(v) for k, v in want.items()
+  }
+  assert loaded.notes['not_converted'] == (
+    'msa_module: 2 tensors with 10 numbers'
+  )
+  out = convert.convert_file(path, tmp_path / 'out.npz', 'diffusion')
+  stored = checkpoint.load(tmp_path / 'out.npz')
+  assert stored.config == case.config
+  assert 'msa_module' in convert.describe(out)
+
+
+def test_diffusion_conditioning_is_a_part_of_boltz2(tmp_path):
+  loaded = boltz.read(
+    diffusion_checkpoint(tmp_path, 2), 'diffusion_conditioning'
+  )
+  case = replay_diffusion.case_of(diffusion_golden(2))
+  want = boltz_parameters.diffusion_conditioning_parameters(case.config)
+  assert {f'diffusion_conditioning/{name}' for name in want} == set(
+    loaded.params
+  )
+  rest = loaded.notes['not_converted']
+  assert 'structure_module.score_model.token_transformer: ' in rest
+  path = diffusion_checkpoint(tmp_path, 1)
+  assert 'has no part' in refusal(path, 'diffusion_conditioning')
+
+
+@pytest.mark.parametrize('version', [1, 2])
+def test_diffusion_module_with_a_defect_is_refused(tmp_path, version):
+  layer = f'{SCORE}token_transformer.layers.1.'
+  name = f'{layer}pair_bias_attn.proj_g.weight'
+  gate = f'{layer}output_projection.0.weight'
+  changes = {f'{SCORE}a_norm.bias': None, f'{SCORE}new.weight': np.ones(3, 'f')}
+  changes[name] = np.ones((24, 23), np.float32)
+  message = refusal(
+    diffusion_checkpoint(tmp_path, version, **changes), 'diffusion'
+  )
+  for text in (
+    f'missing {SCORE}a_norm.bias',
+    f'unknown {SCORE}new.weight',
+    f'wrong {name} has shape [24, 23], expected [24, 24]',
+  ):
+    assert text in message
+  changes = {gate: np.ones((24, 24), np.float32)}
+  message = refusal(
+    diffusion_checkpoint(tmp_path, version, **changes), 'diffusion'
+  )
+  assert f'{gate} differs from {layer}output_projection_linear' in message

@@ -1,4 +1,4 @@
-"""Boltz-1 and Boltz-2: atom attention and what conditions it."""
+"""Boltz-1 and Boltz-2: diffusion module, atom attention, conditioning."""
 
 from structattn_jax.components.preconditioning import noise_time
 from structattn_jax.network.boltz.atom_attention import (
@@ -16,6 +16,17 @@ from structattn_jax.network.boltz.conditioning import (
   RelativePositionConfig,
   RelativePositionEncoder,
   SingleConditioning,
+)
+from structattn_jax.network.boltz.diffusion import (
+  Boltz1DiffusionConfig,
+  Boltz2DiffusionConfig,
+  BoltzDiffusionContext,
+  BoltzDiffusionOutput,
+  CachedDiffusion,
+  cached_diffusion,
+  diffusion_outputs,
+  parameter_labels,
+  transform_diffusion,
 )
 from structattn_jax.network.boltz.features import (
   Boltz1AtomAttentionConfig,
@@ -35,16 +46,21 @@ __all__ = [
   'Boltz1AtomAttentionConfig',
   'Boltz1AtomAttentionDecoder',
   'Boltz1AtomAttentionEncoder',
+  'Boltz1DiffusionConfig',
   'Boltz2AtomAttentionConfig',
   'Boltz2AtomAttentionDecoder',
   'Boltz2AtomAttentionEncoder',
   'Boltz2AtomEncoder',
   'Boltz2DiffusionConditioning',
+  'Boltz2DiffusionConfig',
   'BoltzAtomAttentionOutput',
   'BoltzAtomContext',
   'BoltzAtomEncoderOutput',
   'BoltzAtomFeatures',
+  'BoltzDiffusionContext',
+  'BoltzDiffusionOutput',
   'CachedAtomAttention',
+  'CachedDiffusion',
   'FourierEmbedding',
   'PairwiseConditioning',
   'RelativePositionConfig',
@@ -52,6 +68,10 @@ __all__ = [
   'SingleConditioning',
   'atom_attention_outputs',
   'cached_atom_attention',
+  'cached_diffusion',
+  'diffusion_outputs',
   'noise_time',
+  'parameter_labels',
   'transform_atom_attention',
+  'transform_diffusion',
 ]

@@ -528,11 +528,10 @@ def decode(
   q = atoms + _to_atoms(act, context.atom_to_token).astype(atoms.dtype)
   q = _transform(pm.below(params, 'atom_decoder/'), q, context, context.decoder)
   q, name = numerics.at_least_float32(q), 'atom_feat_to_atom_pos_update'
-  if name in params:
-    return functional.linear(params, name, q)
-  return functional.linear(
-    params, f'{name}_1', functional.layer_norm(params, f'{name}_0', q)
-  )
+  if name not in params:
+    q, name = functional.layer_norm(params, f'{name}_0', q), f'{name}_1'
+  # Coordinates must not come out of TF32 or bfloat16 matrix units.
+  return functional.linear(params, name, q, 'highest')
 
 
 def _transform(

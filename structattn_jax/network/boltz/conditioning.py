@@ -170,10 +170,25 @@ def single_conditioning(
   Returns:
     [n_token, 2 c_s] and [dim_fourier] or None.
   """
+  return condition_single(
+    params, embed_single(params, single, single_inputs), time
+  )
+
+
+def embed_single(
+  params: Params, single: jax.Array, single_inputs: jax.Array
+) -> jax.Array:
+  """Linear(LN([single, inputs])): [n_token, 2 c_s], for all noise levels."""
   s = jnp.concatenate([single, single_inputs], -1)
-  s = functional.linear(
+  return functional.linear(
     params, 'single_embed', functional.layer_norm(params, 'norm_single', s)
   )
+
+
+def condition_single(
+  params: Params, s: jax.Array, time: jax.Array | None
+) -> tuple[jax.Array, jax.Array | None]:
+  """The rest of `single_conditioning`, which depends on the noise level."""
   fourier = None
   if time is not None:
     embedded = fourier_embedding(pm.below(params, 'fourier_embed/'), time)

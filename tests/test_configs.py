@@ -158,7 +158,6 @@ PRESETS = {
   'af3_diffusion_head': (
     sa.alphafold3.DiffusionHeadConfig,
     {
-      'bfloat16': False,
       'seq_channel': 384,
       'pair_channel': 128,
       'atoms': {'per_token_channels': 768, **AF3_ATOM_SIZES},

@@ -17,6 +17,23 @@ def at_least_float32(x: Any) -> jax.Array:
   return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
+def cast_like(tree: Any, like: Any) -> Any:
+  """Casts arrays to the dtypes of others, as cotangents to their primals'.
+
+  Args:
+    tree: tree of float arrays; those of dtype float0 are left alone.
+    like: tree of the same structure, whose dtypes are taken.
+
+  Returns:
+    A tree like `tree`.
+  """
+  return jax.tree.map(
+    lambda x, y: x if x.dtype == jax.dtypes.float0 else x.astype(y.dtype),
+    tree,
+    like,
+  )
+
+
 def masked_softmax(
   logits: jax.Array, mask: jax.Array | None = None, axis: Axis = -1
 ) -> jax.Array:

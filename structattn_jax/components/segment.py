@@ -510,8 +510,8 @@ def _slots(ids: jax.Array, keep: jax.Array, plan: _Plan) -> Slots:
   start = jnp.searchsorted(ids, segments, side='left')
   size = jnp.searchsorted(ids, segments, side='right') - start
   slot = jnp.arange(plan.max_per_segment, dtype=jnp.int32)
-  mask = slot < size[:, None]
-  index = order.at[start[:, None] + slot].get(mode='fill', fill_value=n)
+  mask = slot[None] < size[:, None]
+  index = order.at[start[:, None] + slot[None]].get(mode='fill', fill_value=n)
   return Slots(jnp.where(mask, index, n), mask, size > plan.max_per_segment)
 
 

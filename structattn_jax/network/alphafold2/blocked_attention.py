@@ -311,7 +311,7 @@ def _blocked_backward(
         d_pair = jax.lax.dynamic_update_slice_in_dim(
           d_pair, rows_sent, start, 0
         )
-    carry = _Carry(
+    total = _Carry(
       d_keys,
       d_values,
       d_translation,
@@ -321,7 +321,7 @@ def _blocked_backward(
       d_pair,
     )
     d_bias = None if rows.bias is None else d_logits
-    return carry, (
+    return numerics.cast_like(total, carry), (
       d_queries,
       d_own_translation,
       d_bias,
@@ -360,7 +360,7 @@ def _blocked_backward(
     return gradient.astype(primal.dtype)
 
   none: Any = np.zeros(rows.mask.shape, jax.dtypes.float0)  # Of a mask.
-  return (
+  gradients = (
     Rows(
       d_queries,
       d_translation,
@@ -381,6 +381,7 @@ def _blocked_backward(
       like(carry.shared_pair_queries, context.shared_pair_queries),
     ),
   )
+  return numerics.cast_like(gradients, (rows, context))
 
 
 blocked_attend.defvjp(_blocked_forward, _blocked_backward)
@@ -479,7 +480,7 @@ def _share_backward(blocks, num_calls, normalise, residuals, found):
       own, inverse_deviation = _normalised(own)
       along = jnp.mean(d_own * own, -1, keepdims=True)
       d_own = inverse_deviation[..., None] * (d_own - own * along)
-    d_matrix += jnp.einsum('ihj,ijc->hc', d_bias, own)
+    d_matrix += jnp.einsum('ihj,ijc->hc', d_bias, own).astype(d_matrix.dtype)
     d_pair = jax.lax.dynamic_update_slice_in_dim(
       d_pair, d_own.astype(pair.dtype), start, 0
     )

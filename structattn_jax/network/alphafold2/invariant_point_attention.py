@@ -737,7 +737,8 @@ def _centre(translation: jax.Array, mask: jax.Array) -> jax.Array:
   t_i - t_j would then be off by the float32 spacing at the offset.
   """
   kept = jnp.where(mask[:, None], translation, 0)
-  centroid = jnp.sum(kept, 0) / jnp.maximum(jnp.sum(mask), 1)
+  count = jnp.maximum(jnp.sum(mask), 1).astype(kept.dtype)
+  centroid = jnp.sum(kept, 0, keepdims=True) / count
   centroid = jax.lax.reduce_precision(centroid, 8, 12)
   centroid = jax.lax.stop_gradient(centroid)
   return jnp.where(mask[:, None], translation - centroid, 0)

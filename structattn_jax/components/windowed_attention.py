@@ -151,7 +151,7 @@ def _add_windows(
   total: jax.Array, start: jax.Array, windows: jax.Array
 ) -> jax.Array:
   """Adds [chunk, n_head, num_keys, d] to the atoms they come from."""
-  windows = jnp.swapaxes(windows, 1, 2)
+  windows = jnp.swapaxes(windows, 1, 2).astype(total.dtype)
   for i in range(windows.shape[0]):
     old = jax.lax.dynamic_slice_in_dim(total, start[i], windows.shape[1])
     total = jax.lax.dynamic_update_slice_in_dim(

@@ -33,9 +33,7 @@ def test_gradients_have_the_dtypes_of_what_they_are_of(name, mode):
 
     def loss(params, floats):
       outputs = case.apply(params, {**case.inputs, **floats})
-      leaves = jax.tree.leaves(outputs)
-      assert all(y.dtype in (jnp.float32, jnp.float64) for y in leaves)
-      return sum(y.astype(jnp.float32).sum() for y in leaves)
+      return sum(y.astype(jnp.float32).sum() for y in jax.tree.leaves(outputs))
 
     found = jax.eval_shape(jax.grad(loss, (0, 1)), params, floats)
   assert {x.dtype for x in jax.tree.leaves(found[0])} == {np.dtype(of_params)}

@@ -572,7 +572,8 @@ def _to_tokens(
   def add(so_far: jax.Array, rows: Any) -> tuple[jax.Array, None]:
     q, *where = rows
     act = jax.nn.relu(functional.linear(params, 'atom_to_token_trans_0', q))
-    return so_far + total(numerics.at_least_float32(act), *where), None
+    act = act.astype(so_far.dtype)
+    return so_far + total(act, *where), None
 
   rows = bt.rows_per_chunk(context.encoder.biases[0])
   width = params['atom_to_token_trans_0']['weights'].shape[1]

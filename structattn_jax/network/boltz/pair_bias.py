@@ -165,11 +165,26 @@ class _Padded(NamedTuple):
   is_key: jax.Array  # [n_padded] bool
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def blocked_biases(
   sizes: Sizes, weights: Weights, atoms: Atoms, tokens: Tokens | None
 ) -> tuple[jax.Array, ...]:
   """`published_biases` in memory that grows with atoms times layers."""
+  # Weights, which are small, have the dtype that the computation has.
+  of_pair = () if tokens is None else (tokens.pair, tokens.weights)
+  floats = (weights, atoms.row, atoms.column, atoms.position, of_pair)
+  dtype = jnp.result_type(jnp.float32, *jax.tree.leaves(floats))
+  weights = jax.tree.map(lambda x: x.astype(dtype), weights)
+  if tokens is not None:
+    tokens = tokens._replace(
+      weights=tokens.weights.astype(dtype), offset=tokens.offset.astype(dtype)
+    )
+  return _blocked_biases(sizes, weights, atoms, tokens)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _blocked_biases(
+  sizes: Sizes, weights: Weights, atoms: Atoms, tokens: Tokens | None
+) -> tuple[jax.Array, ...]:
   return _forward(sizes, weights, atoms, tokens)[0]
 
 
@@ -204,7 +219,7 @@ def _backward(sizes, residuals, gradient) -> tuple[Any, Any, Any]:
       weights, own, match, added, jnp.concatenate(own_gradient)
     )
     total, d_tokens = carry
-    total = jax.tree.map(jnp.add, total, d_weights)
+    total = jax.tree.map(jnp.add, total, numerics.cast_like(d_weights, total))
     if tokens is not None and runs is not None:
       d_tokens = _token_pair_backward(
         sizes, tokens, runs, window, d_pair, d_tokens
@@ -230,12 +245,13 @@ def _backward(sizes, residuals, gradient) -> tuple[Any, Any, Any]:
     _none(atoms.uid),
     _none(atoms.mask),
   )
+  d_atoms = numerics.cast_like(d_atoms, atoms)
   if tokens is None or d_tokens is None:
     return d_weights, d_atoms, None
   return d_weights, d_atoms, Tokens(*d_tokens, _none(tokens.index))
 
 
-blocked_biases.defvjp(_forward, _backward)
+_blocked_biases.defvjp(_forward, _backward)
 
 
 def _window_biases(
@@ -333,7 +349,8 @@ def _window_backward(
   d_pair += d_hidden
 
   features, transpose = jax.vjp(lambda own: _features(own, match.same), own)
-  (d_own,) = transpose(_mix(weights.geometry.T, d_pair))
+  d_features = _mix(weights.geometry.T, d_pair).astype(features.dtype)
+  (d_own,) = transpose(d_features)
   d_own = d_own._replace(row=jnp.sum(d_pair, 2), column=jnp.sum(d_pair, 1))
   d_weights = Weights(
     _outer(features, d_pair),

@@ -469,11 +469,12 @@ def _swish_gate_backward(kept: Any, gradient: jax.Array) -> tuple:
   sigmoid = jax.nn.sigmoid(gate)
   silu = gate * sigmoid
   d_silu = sigmoid + silu * (1 - sigmoid)
-  return (
+  gradients = (
     gradient * silu * factor,
     gradient * x * factor * d_silu,
     gradient * x * silu,
   )
+  return numerics.cast_like(gradients, kept)
 
 
 _swish_gate.defvjp(_swish_gate_forward, _swish_gate_backward)

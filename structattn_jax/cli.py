@@ -49,9 +49,12 @@ _TRACEBACK = 'STRUCTATTN_TRACEBACK'
 _STOPPED = 143
 # Extras with their packages, as in pyproject.toml, and what they are for.
 _EXTRAS = {
-  'data': (('biotite', 'gemmi'), 'structure files'),
+  'data': (('biotite', 'gemmi', 'msgpack'), 'structure files'),
   'chem': (('rdkit',), 'SMILES'),
-  'run': (('biotite', 'gemmi', 'rdkit', 'matplotlib'), 'structattn run'),
+  'run': (
+    ('biotite', 'gemmi', 'msgpack', 'rdkit', 'matplotlib'),
+    'structattn run',
+  ),
   'convert': (('safetensors', 'zstandard'), 'structattn convert'),
   'train': (('orbax-checkpoint', 'tqdm'), 'structattn train'),
   'tensorboard': (('tensorboardX',), 'event files of a run'),

@@ -7,6 +7,7 @@ inside, with checksums that fit.
 
 import contextlib
 import dataclasses
+import gzip
 import io
 import pathlib
 import random
@@ -34,7 +35,8 @@ GOLDENS = pathlib.Path(__file__).parent / 'goldens'
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
 AF3 = GOLDENS / 'af3_atom_cross_attention/checkpoint/plain/af3_tiny.bin'
 SEDD = GOLDENS / 'sedd_protein_ligand/checkpoints'
-EXAMPLES = data.example('1s3v').structure.parent
+STRUCTURES = pathlib.Path(__file__).parent / 'data/files'
+LIGAND = data.example('1s3v').ligand
 
 # A type error is that of a config, whose message names the file, too.
 ERRORS = (files.FileError, data.StructureFileError, TypeError)
@@ -57,6 +59,19 @@ class Format(NamedTuple):
 
 def copy_of(path: pathlib.Path) -> Callable[[pathlib.Path], pathlib.Path]:
   return lambda folder: pathlib.Path(shutil.copy(path, folder))
+
+
+def compressed(path: pathlib.Path) -> Callable[[pathlib.Path], pathlib.Path]:
+  def make(folder):
+    target = folder / f'{path.name}.gz'
+    target.write_bytes(gzip.compress(path.read_bytes()))
+    return target
+
+  return make
+
+
+def with_ligand(path: pathlib.Path) -> Any:
+  return data.load_structure(STRUCTURES / 'aladip.pdb', ligand=path)
 
 
 def saved(suffix: str) -> Callable[[pathlib.Path], pathlib.Path]:
@@ -170,6 +185,12 @@ FORMATS = {
   'csv': Format(table('pairs.csv'), data.read_pairs),
   'tsv': Format(table('pairs.tsv'), data.read_pairs),
   'parquet': Format(table('pairs.parquet'), data.read_pairs),
+  'pdb': Format(copy_of(STRUCTURES / 'aladip.pdb'), data.load_structure),
+  'cif': Format(copy_of(STRUCTURES / 'small.cif'), data.load_structure),
+  'cif gz': Format(compressed(STRUCTURES / 'small.cif'), data.load_structure),
+  'bcif': Format(copy_of(STRUCTURES / 'small.bcif'), data.load_structure),
+  'bcif gz': Format(compressed(STRUCTURES / 'small.bcif'), data.load_structure),
+  'sdf': Format(copy_of(LIGAND), with_ligand),
 }
 
 
@@ -208,6 +229,8 @@ def mutated_inside(rng: random.Random, content: bytes) -> bytes:
   if content.startswith(record_file.ZSTANDARD_MAGIC):
     inner = zstandard.ZstdDecompressor().decompressobj().decompress(content)
     return zstandard.ZstdCompressor().compress(mutated(rng, inner))
+  if content.startswith(b'\x1f\x8b'):
+    return gzip.compress(mutated(rng, gzip.decompress(content)), 1)
   if not zipfile.is_zipfile(io.BytesIO(content)):
     return mutated(rng, content)
   target = io.BytesIO()

@@ -86,21 +86,20 @@ def guarded(
 
 
 def read_text(path: Path, most: int) -> str:
-  """The text of a small UTF-8 file.
+  """The text of a small UTF-8 file; to be called within `guard`.
 
   Args:
     path: file to read.
     most: bytes that it may have.
 
   Raises:
-    FileError: if it is larger.
+    ValueError: if it is larger, or not UTF-8.
     OSError: if it cannot be read.
-    UnicodeDecodeError: if it is not UTF-8.
   """
   with open(path, 'rb') as file:
     content = file.read(most + 1)
   if len(content) > most:
-    raise FileError(f'{os.fspath(path)}: larger than {most:,} bytes')
+    raise ValueError(f'larger than {most:,} bytes')
   return content.decode('utf-8')
 
 

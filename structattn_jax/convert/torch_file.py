@@ -501,7 +501,7 @@ class _Interpreter:
 
   def _make(self, function: Any, args: Any) -> Any:
     """What calling `function` would give, for the few that are known."""
-    self._spend(1)
+    self._spend(4)
     if type(function) is not Global or type(args) is not tuple:
       self._fail('the pickle calls something that is not a function')
     match function.name:

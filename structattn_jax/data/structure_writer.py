@@ -76,9 +76,6 @@ def mmcif_text(structure: structures.Structure, position: np.ndarray) -> str:
   number = structure.residue_id[residue].astype(str)
   name = structure.residue_name[residue]
   insertion = structure.insertion_code[residue]
-  b_factor = structure.b_factor
-  if b_factor is None:
-    b_factor = np.zeros(structure.n_atom)
   columns = {
     'group_PDB': np.where(is_polymer[residue], 'ATOM', 'HETATM'),
     'id': np.arange(1, structure.n_atom + 1).astype(str),
@@ -94,7 +91,7 @@ def mmcif_text(structure: structures.Structure, position: np.ndarray) -> str:
     'Cartn_y': _decimals(position[:, 1], 3),
     'Cartn_z': _decimals(position[:, 2], 3),
     'occupancy': _decimals(structure.occupancy, 2),
-    'B_iso_or_equiv': _decimals(b_factor, 2),
+    'B_iso_or_equiv': _decimals(structure.b_factor, 2),
     'pdbx_formal_charge': structure.charge.astype(str),
     'auth_seq_id': number,
     'auth_comp_id': name,

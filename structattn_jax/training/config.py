@@ -1,7 +1,7 @@
 """Settings of a training run: data, model, optimiser and loop."""
 
 import dataclasses
-from typing import ClassVar, Literal
+from typing import Literal
 
 from structattn_jax.common import base_config
 from structattn_jax.network.sedd import dual_track as sedd_dual_track
@@ -39,7 +39,7 @@ class DataConfig(base_config.BaseConfig):
       embedding cannot tell the positions of a masked sequence apart.
   """
 
-  largest: ClassVar[int] = _MOST_STEPS
+  largest = _MOST_STEPS
 
   path: str = BUNDLED
   split: str | None = None
@@ -68,7 +68,7 @@ class OptimizerConfig(base_config.BaseConfig):
     ema_decay: largest decay of the moving average of the parameters.
   """
 
-  largest: ClassVar[int] = _MOST_STEPS
+  largest = _MOST_STEPS
 
   learning_rate: float = 3e-4
   warmup: int = 2500
@@ -103,7 +103,7 @@ class TrainConfig(base_config.BaseConfig):
     keep: number of checkpoints that stay.
   """
 
-  largest: ClassVar[int] = _MOST_STEPS
+  largest = _MOST_STEPS
 
   data: DataConfig = DataConfig()
   model: sedd_dual_track.DualTrackConfig = _DUAL_TRACK

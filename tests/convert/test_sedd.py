@@ -15,6 +15,7 @@ import torch_archive
 import structattn_jax as sa
 from structattn_jax import checkpoint, convert
 from structattn_jax.convert import sedd, state_dicts, torch_file
+from structattn_jax.discrete_diffusion import graph
 from structattn_jax.network.sedd import dual_track as network
 from structattn_jax.network.sedd import single_track
 
@@ -68,14 +69,14 @@ def assert_scores(got: Any, want: np.ndarray) -> None:
 
 
 def single_scores(
-  config: network.SeddConfig, params: Any, inputs: Any
+  config: single_track.SeddConfig, params: Any, inputs: Any
 ) -> jax.Array:
   apply = single_track.transform_sedd(config).apply
 
   @jax.jit
   @jax.vmap
   def scores(tokens, sigma):
-    return network.log_score(apply(params, tokens, sigma), tokens, sigma)
+    return graph.log_score(apply(params, tokens, sigma), tokens, sigma)
 
   return scores(inputs['inputs/indices'], inputs['inputs/sigma'])
 
@@ -90,8 +91,8 @@ def dual_scores(
   def scores(protein, ligand, sigma):
     logits = apply(params, protein, ligand, sigma)
     return {
-      'protein': network.log_score(logits.protein, protein, sigma),
-      'ligand': network.log_score(logits.ligand, ligand, sigma),
+      'protein': graph.log_score(logits.protein, protein, sigma),
+      'ligand': graph.log_score(logits.ligand, ligand, sigma),
     }
 
   return scores(
@@ -115,7 +116,7 @@ def test_single_track_gives_upstreams_scores(path, weights, output):
   with np.load(FOLDER / 'sedd_checkpoint_expected.npz') as golden:
     got = single_scores(config, params, golden)
     assert_scores(got, golden[f'outputs/{output}'])
-  assert config == network.SeddConfig(
+  assert config == single_track.SeddConfig(
     hidden_size=16, num_head=2, num_block=2, cond_dim=8, vocab=21
   )
 

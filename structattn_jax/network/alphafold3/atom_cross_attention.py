@@ -86,7 +86,11 @@ class AtomCrossAttConfig(base_config.BaseConfig):
 
   def __post_init__(self) -> None:
     super().__post_init__()
-    self.check_at_least(1, 'window_chunk')
+    self.check_at_least(
+      1,
+      *('per_token_channels', 'per_atom_channels', 'per_atom_pair_channels'),
+      'window_chunk',
+    )
 
 
 @jax.tree_util.register_dataclass

@@ -32,6 +32,7 @@ class CrossAttentionConfig(base_config.BaseConfig):
 
   def __post_init__(self) -> None:
     super().__post_init__()
+    self.check_at_least(1, 'num_head', 'key_dim', 'value_dim')
     _check_heads(self.num_head, key_dim=self.key_dim, value_dim=self.value_dim)
 
 
@@ -52,6 +53,7 @@ class SelfAttentionConfig(base_config.BaseConfig):
 
   def __post_init__(self) -> None:
     super().__post_init__()
+    self.check_at_least(1, 'num_head', 'key_dim', 'value_dim')
     _check_heads(self.num_head, key_dim=self.key_dim, value_dim=self.value_dim)
 
 

@@ -129,6 +129,7 @@ class DDiTConfig(base_config.BaseConfig):
 
   def __post_init__(self) -> None:
     super().__post_init__()
+    self.check_at_least(1, 'hidden_size', 'num_head', 'cond_dim', 'mlp_ratio')
     if self.hidden_size % (2 * self.num_head):
       raise ValueError(
         f'{type(self).__name__}.hidden_size: {self.hidden_size} must be '

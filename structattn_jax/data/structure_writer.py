@@ -1,8 +1,8 @@
 """Writes structures as mmCIF files.
 
 One `atom_site` category with the names, numbers and chains that the input had;
-`label_` items repeat the author's, as there is no sequence to number. What the
-input has no value for is '.' or '?'.
+`label_asym_id` repeats the author's chain, `label_seq_id` is the position in
+its sequence. What the input has no value for is '.' or '?'.
 
 Units: positions in angstrom, B-factors in square angstrom.
 """
@@ -74,6 +74,7 @@ def mmcif_text(structure: structures.Structure, position: np.ndarray) -> str:
   chains = np.array(structure.chain_ids, dtype=str)
   chain = chains[structure.residue_chain][residue]
   number = structure.residue_id[residue].astype(str)
+  in_sequence = structure.sequence_index[residue].astype(str)
   name = structure.residue_name[residue]
   insertion = structure.insertion_code[residue]
   columns = {
@@ -85,7 +86,7 @@ def mmcif_text(structure: structures.Structure, position: np.ndarray) -> str:
     'label_comp_id': name,
     'label_asym_id': chain,
     'label_entity_id': (structure.residue_chain[residue] + 1).astype(str),
-    'label_seq_id': np.where(is_polymer[residue], number, '.'),
+    'label_seq_id': np.where(is_polymer[residue], in_sequence, '.'),
     'pdbx_PDB_ins_code': np.where(insertion == '', '?', insertion),
     'Cartn_x': _decimals(position[:, 0], 3),
     'Cartn_y': _decimals(position[:, 1], 3),

@@ -13,12 +13,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from structattn_jax.components import parameters as pm
 from structattn_jax.network import pallatom
 from structattn_jax.network.alphafold2 import invariant_point_attention as ipa
 from structattn_jax.network.alphafold3 import atom_cross_attention as af3
+from structattn_jax.network.alphafold3 import atom_layout, window_plan
 from structattn_jax.network.alphafold3 import cached_atom_attention as aca
+from structattn_jax.network.alphafold3 import diffusion_head as dh
 from structattn_jax.network.alphafold3 import transformer_parameters as tp
-from structattn_jax.network.alphafold3 import window_plan
 from structattn_jax.network.boltz import atom_attention as boltz_encoders
 from structattn_jax.network.boltz import diffusion as boltz_diffusion
 from structattn_jax.network.sedd import dual_track as sedd
@@ -276,6 +278,93 @@ def _atom_cross_att_case() -> Case:
       'coincident_atoms': {'ref_pos': np.zeros((n_atom, 3), np.float32)},
       'constant_tokens': {
         'trunk_single_cond': np.ones((n_token, 5), np.float32)
+      },
+    },
+  )
+
+
+def _diffusion_head_case(
+  name: str, rng: np.random.Generator, **options: bool
+) -> Case:
+  counts = [2, 3, 0, 3, 1]
+  n_token, n_slot = len(counts), 4
+  mask = np.arange(n_slot) < np.array(counts)[:, None]
+  dense = atom_layout.DenseBatch.from_batch(
+    {
+      'pred_dense_atom_mask': mask,
+      'ref_space_uid': np.repeat([[0], [1], [2], [3], [0]], n_slot, 1),
+      'ref_pos': _normal(rng, n_token, n_slot, 3),
+      'ref_mask': mask,
+      'ref_element': rng.integers(0, 128, mask.shape).astype(np.int32),
+      'ref_charge': rng.integers(-1, 2, mask.shape).astype(np.float32),
+      'ref_atom_name_chars': rng.integers(0, 64, (*mask.shape, 4)),
+    },
+    num_queries=4,
+    num_keys=8,
+  )
+  config = dh.DiffusionHeadConfig(
+    seq_channel=6,
+    pair_channel=4,
+    atoms=af3.AtomCrossAttConfig(
+      per_token_channels=8,
+      per_atom_channels=6,
+      per_atom_pair_channels=3,
+      atom_transformer=tp.CrossAttTransformerConfig(
+        num_blocks=1,
+        attention=tp.CrossAttentionConfig(num_head=2, key_dim=4, value_dim=6),
+      ),
+    ),
+    transformer=tp.TransformerConfig(
+      attention=tp.SelfAttentionConfig(num_head=2, key_dim=6, value_dim=4),
+      num_blocks=2,
+      super_block_size=1,
+      block_remat=True,
+    ),
+  )
+  system = systems.diffusion_head(config, dense, **options)
+  table = dh.diffusion_head_parameters(
+    config, single_channels=5, pair_channels=3, target_channels=4
+  )
+  ids = {
+    'token_index': [1, 2, 3, 4, 0],
+    'residue_index': [1, 2, 40, 40, 0],
+    'asym_id': [1, 1, 2, 2, 0],
+    'entity_id': [1, 1, 1, 1, 0],
+    'sym_id': [1, 1, 2, 2, 0],
+  }
+  inputs = {
+    'positions_noisy': 10 * _normal(rng, n_token, n_slot, 3),
+    'noise_level': np.float32(9),
+    **{name: np.array(x, np.int32) for name, x in ids.items()},
+    'mask': np.arange(n_token) < 4,
+    'single': _normal(rng, n_token, 5),
+    'pair': _normal(rng, n_token, n_token, 3),
+    'target_feat': _normal(rng, n_token, 4),
+  }
+  return Case(
+    name,
+    system,
+    lambda **inputs: system.transformed.apply(
+      pm.haiku_parameters(table), **inputs
+    ),
+    inputs,
+    # The batch says which atoms are padding: see test_diffusion_head.py.
+    paddings=(),
+    bfloat16_system=systems.diffusion_head(
+      dataclasses.replace(
+        config,
+        bfloat16=True,
+        atoms=dataclasses.replace(config.atoms, bfloat16=True),
+      ),
+      dense,
+      **options,
+    ),
+    degenerate={
+      'all_masked': {'mask': np.zeros(n_token, bool)},
+      'one_real': {'mask': np.arange(n_token) == 1},
+      'little_noise': {'noise_level': np.float32(1e-3)},
+      'coincident_atoms': {
+        'positions_noisy': np.zeros((n_token, n_slot, 3), np.float32)
       },
     },
   )
@@ -606,6 +695,15 @@ CASES: dict[str, Case] = {
     ),
     # Windows shifted at both ends; a token without atoms.
     _atom_cross_att_case(),
+    _diffusion_head_case(
+      'af3_diffusion_head', np.random.default_rng(15), cache_pair_logits=True
+    ),
+    _diffusion_head_case(
+      'af3_diffusion_head_unconditioned',
+      np.random.default_rng(17),
+      cache_pair_logits=False,
+      use_conditioning=False,
+    ),
     _token_attention_case(),
     _boltz_case(
       'boltz1_atom_attention',

@@ -155,6 +155,22 @@ PRESETS = {
     sa.diffusion.SamplerConfig,
     {**SAMPLER, 'schedule': {**SCHEDULE, 'sigma_min': 1e-4}},
   ),
+  'af3_diffusion_head': (
+    sa.alphafold3.DiffusionHeadConfig,
+    {
+      'seq_channel': 384,
+      'pair_channel': 128,
+      'atoms': {'per_token_channels': 768, **AF3_ATOM_SIZES},
+      'transformer': {
+        'num_blocks': 24,
+        'super_block_size': 4,
+        'num_intermediate_factor': 2,
+        'block_remat': True,
+        'attention': {'num_head': 16},
+      },
+      'bfloat16': False,
+    },
+  ),
   'seed_af3_atom_cross_attention': (
     sa.seeds.TokenAtomAttentionConfig,
     {'num_head': 4, 'd_head': 32, 'normalise': 'heads'},

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from structattn_jax.benchmark import alphafold3 as atom_cross_attention
+from structattn_jax.benchmark import alphafold3_diffusion_head as diffusion_head
 from structattn_jax.benchmark import (
   boltz,
   boltz_diffusion,
@@ -21,6 +22,7 @@ SECTIONS = {
   'ipa': ipa,
   'structure_module': structure_module,
   'atom_cross_attention': atom_cross_attention,
+  'diffusion_head': diffusion_head,
   'boltz': boltz,
   'boltz_diffusion': boltz_diffusion,
   'sedd': sedd,

@@ -11,6 +11,7 @@ from structattn_jax.convert.alphafold2 import (
 )
 from structattn_jax.convert.alphafold3 import (
   load_atom_cross_att,
+  load_diffusion_head,
   load_transformer,
   save_params,
 )
@@ -39,6 +40,7 @@ __all__ = [
   'load_atom_decoder',
   'load_atom_encoder',
   'load_boltz',
+  'load_diffusion_head',
   'load_ipa',
   'load_sedd',
   'load_sedd_dual_track',

@@ -1,4 +1,4 @@
-"""AlphaFold 3 parameters: atom encoder and decoder, and token transformer.
+"""AlphaFold 3 parameters: the diffusion head, whole or in parts, and more.
 
 Reads the released format (see `record_file`). Users bring their own parameters
 under the terms of AlphaFold 3. Our modules have upstream's names and shapes, so
@@ -13,6 +13,7 @@ twice upstream and the first result never used; its parameters, the ones without
 """
 
 import collections
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
@@ -25,6 +26,7 @@ from structattn_jax.checkpoint import CheckpointError
 from structattn_jax.common import files
 from structattn_jax.convert import record_file
 from structattn_jax.network.alphafold3 import atom_cross_attention as published
+from structattn_jax.network.alphafold3 import diffusion_head as dh
 from structattn_jax.network.alphafold3 import transformer_parameters as tp
 
 Copy = Literal['diffusion', 'evoformer_conditioning']
@@ -91,6 +93,25 @@ ffw_transition2 weights F*C C
 ffw_adaptive_zero_cond weights S C
 ffw_adaptive_zero_cond bias C
 """
+# Of the conditioning: Q single channels; X and Y channels of what pair and
+# single are projected from. And of a transition of it with C channels.
+_CONDITIONING = """
+pair_cond_initial_norm scale X
+pair_cond_initial_projection weights X Z
+single_cond_initial_norm scale Y
+single_cond_initial_projection weights Y Q
+noise_embedding_initial_norm scale 256
+noise_embedding_initial_projection weights 256 Q
+single_cond_embedding_norm scale Q
+single_cond_embedding_projection weights Q D
+output_norm scale D
+"""
+_TRANSITION = """
+ffw_layer_norm scale C
+ffw_layer_norm offset C
+ffw_transition1 weights C 4*C
+ffw_transition2 weights 2*C C
+"""
 
 Axes = tuple[str, ...]
 Table = dict[tuple[str, str], Axes]
@@ -138,6 +159,22 @@ def transformer_table() -> Table:
   return table
 
 
+def diffusion_head_table() -> Table:
+  """Axes of every parameter of the diffusion head.
+
+  Sizes as in its two parts; those of the token transformer have two primes.
+  """
+  table = atom_cross_att_table('diffusion') | _parse(_CONDITIONING, '')
+  for name, channels in (('pair', 'Z'), ('single', 'Q')):
+    for i in range(2):
+      prefix = f'{name}_transition_{i}'
+      table.update(_parse(_TRANSITION, prefix, '', {'C': channels}))
+  own = {x: f"{x}''" for x in 'HKVF'} | {'C': 'D', 'S': 'Q'}
+  for (module, name), axes in transformer_table().items():
+    table[f'transformer/{module}', name] = tuple(_axes(' '.join(axes), own))
+  return table
+
+
 def load_atom_cross_att(
   path: checkpoint.Path,
   copy: Copy = 'diffusion',
@@ -178,16 +215,7 @@ def load_atom_cross_att(
       atom_cross_att_table(copy),
       allow_nan,
     )
-    encoder = _cross_att_config(sizes, '')
-    decoder = _cross_att_config(sizes, "'") if copy == 'diffusion' else encoder
-    config = published.AtomCrossAttConfig(
-      per_token_channels=sizes['D'],
-      per_atom_channels=sizes['C'],
-      per_atom_pair_channels=sizes['P'],
-      atom_transformer=encoder,
-      decoder_transformer=None if decoder == encoder else decoder,
-    )
-    return config, params
+    return _atom_config(sizes, has_decoder=copy == 'diffusion'), params
 
 
 @files.guarded(CheckpointError)
@@ -218,15 +246,43 @@ def load_transformer(
   params, sizes = _load(
     path, model, outer, outer, transformer_table(), allow_nan
   )
-  config = tp.TransformerConfig(
-    attention=tp.SelfAttentionConfig(
-      num_head=sizes['H'],
-      key_dim=sizes['H'] * sizes['K'],
-      value_dim=sizes['H'] * sizes['V'],
-    ),
-    num_blocks=sizes['N'] * sizes['B'],
-    super_block_size=sizes['B'],
-    num_intermediate_factor=sizes['F'],
+  return _transformer_config(sizes, ''), params
+
+
+@files.guarded(CheckpointError)
+def load_diffusion_head(
+  path: checkpoint.Path,
+  *,
+  scope: str = _DIFFUSION_HEAD,
+  model: str | None = None,
+  allow_nan: bool = False,
+) -> tuple[dh.DiffusionHeadConfig, hk.Params]:
+  """Reads the whole diffusion head.
+
+  Args:
+    path: a folder, the file of a model, or any of its shards.
+    scope: its module path.
+    model: which model of a folder with several.
+    allow_nan: whether values may be infinite or no numbers.
+
+  Returns:
+    The configuration, and parameters as float32 NumPy arrays for
+    `transform_diffusion_head` and `cached_diffusion_head`.
+
+  Raises:
+    CheckpointError: as `load_atom_cross_att`.
+    ImportError: as `load_atom_cross_att`.
+  """
+  outer = f'{scope.strip("/")}/'
+  params, sizes = _load(
+    path, model, outer, outer, diffusion_head_table(), allow_nan
+  )
+  transformer = _transformer_config(sizes, "''")
+  config = dh.DiffusionHeadConfig(
+    seq_channel=sizes['Q'],
+    pair_channel=sizes['Z'],
+    atoms=_atom_config(sizes, has_decoder=True),
+    transformer=dataclasses.replace(transformer, block_remat=True),
   )
   return config, params
 
@@ -265,6 +321,34 @@ def save_params(
       for name in sorted(params[module])
     ],
     num_shards=num_shards,
+  )
+
+
+def _atom_config(
+  sizes: Mapping[str, int], *, has_decoder: bool
+) -> published.AtomCrossAttConfig:
+  encoder = _cross_att_config(sizes, '')
+  decoder = _cross_att_config(sizes, "'") if has_decoder else encoder
+  return published.AtomCrossAttConfig(
+    per_token_channels=sizes['D'],
+    per_atom_channels=sizes['C'],
+    per_atom_pair_channels=sizes['P'],
+    atom_transformer=encoder,
+    decoder_transformer=None if decoder == encoder else decoder,
+  )
+
+
+def _transformer_config(
+  sizes: Mapping[str, int], own: str
+) -> tp.TransformerConfig:
+  head, key, value, factor = (sizes[x + own] for x in 'HKVF')
+  return tp.TransformerConfig(
+    attention=tp.SelfAttentionConfig(
+      num_head=head, key_dim=head * key, value_dim=head * value
+    ),
+    num_blocks=sizes['N'] * sizes['B'],
+    super_block_size=sizes['B'],
+    num_intermediate_factor=factor,
   )
 
 

@@ -71,6 +71,8 @@ def _read_alphafold3(
 ) -> Loaded:
   if weights == 'ema':
     raise CheckpointError(f'{path}: has no moving averages of its own')
+  if part == 'diffusion_head':
+    return Loaded(*alphafold3.load_diffusion_head(path, allow_nan=allow_nan))
   if part == 'diffusion_transformer':
     return Loaded(*alphafold3.load_transformer(path, allow_nan=allow_nan))
   copy: alphafold3.Copy = (
@@ -89,7 +91,12 @@ FORMATS: dict[str, Format] = {
   ),
   'alphafold3': Format(
     'AlphaFold 3 *.bin.zst, its shards or folder',
-    ('atom_diffusion', 'atom_conditioning', 'diffusion_transformer'),
+    (
+      'atom_diffusion',
+      'atom_conditioning',
+      'diffusion_transformer',
+      'diffusion_head',
+    ),
     r'diffuser/',
     _read_alphafold3,
   ),

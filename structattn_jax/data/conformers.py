@@ -18,7 +18,8 @@ import numpy as np
 
 from structattn_jax.data import chemical_components
 
-_MAX_ATTEMPTS = 64
+# Cobalamins, the hardest that succeed, need more than 100.
+_MAX_ATTEMPTS = 300
 
 
 class Conformer(NamedTuple):

@@ -246,7 +246,8 @@ def _read_bytes(path: pathlib.Path) -> bytes:
     raise StructureFileError(
       f'{path}: the text is UTF-16; save it as UTF-8 or plain ASCII'
     )
-  data = data.removeprefix(codecs.BOM_UTF8)
+  while data.startswith(codecs.BOM_UTF8):  # Joined files have several.
+    data = data.removeprefix(codecs.BOM_UTF8)
   if not data.strip():
     raise StructureFileError(f'{path}: the file is empty; download it again')
   return data
@@ -554,7 +555,7 @@ def _from_columns(
       axis=-1,
     ),
   )
-  return table, np.array(texts('pdbx_pdb_model_num', default='1'))
+  return table, integers('pdbx_pdb_model_num', default=1)
 
 
 def _elements(
@@ -606,9 +607,7 @@ def _mol_blocks(text: str) -> Iterator[str]:
 
 def _read_mol_block(place: str, block: str) -> Molecule:
   chemical_components.require_biotite()
-  from biotite.structure.bonds import (  # ty: ignore[import-not-found]
-    BondType,
-  )
+  from biotite.structure import BondType  # ty: ignore[missing-module-member]
   from biotite.structure.io.mol import MOLFile
 
   try:

@@ -10,6 +10,9 @@ import jax
 from structattn_jax.verification import alphafold2 as af2_ipa
 from structattn_jax.verification import alphafold2_geometry as af2_geometry
 from structattn_jax.verification import alphafold3 as af3_atom_cross_attention
+from structattn_jax.verification import (
+  alphafold3_diffusion_head as af3_diffusion_head,
+)
 from structattn_jax.verification import boltz as boltz_atom_encoder
 from structattn_jax.verification import (
   boltz_diffusion,
@@ -60,6 +63,8 @@ REPLAYS: dict[tuple[str, str], Replay] = {
       ('windows', af3_atom_cross_attention.windows),
     )
   },
+  ('af3_diffusion_head', 'head'): af3_diffusion_head.head,
+  ('af3_diffusion_head', 'sampler'): af3_diffusion_head.sampler,
   ('boltz_atom_encoder', 'seed_token_attention'): seeds.token_attention,
   **{
     ('boltz_atom_encoder', kind): boltz_atom_encoder.encoder_decoder

@@ -21,7 +21,10 @@ import numpy as np
 from structattn_jax.network import pallatom
 from structattn_jax.network.alphafold2 import invariant_point_attention as ipa
 from structattn_jax.network.alphafold3 import atom_cross_attention as af3
+from structattn_jax.network.alphafold3 import atom_layout
 from structattn_jax.network.alphafold3 import cached_atom_attention as aca
+from structattn_jax.network.alphafold3 import cached_diffusion as cdh
+from structattn_jax.network.alphafold3 import diffusion_head as dh
 from structattn_jax.network.alphafold3 import window_plan as wp
 from structattn_jax.network.boltz import atom_attention as boltz
 from structattn_jax.network.boltz import diffusion as boltz_diffusion_module
@@ -31,6 +34,9 @@ from structattn_jax.network.seeds import (
   token_attention_pool as boltz_token_attention,
 )
 from structattn_jax.reference import alphafold3 as aca_reference
+from structattn_jax.reference import (
+  alphafold3_diffusion_head as head_reference,
+)
 from structattn_jax.reference import boltz as boltz_reference
 from structattn_jax.reference import (
   boltz_diffusion as boltz_diffusion_reference,
@@ -181,19 +187,9 @@ def atom_cross_att(
     values = float64(inputs)
     names = ('positions', 'trunk_single_cond', 'trunk_pair_cond', 'token_act')
     options = {name: values.pop(name, None) for name in names}
-    key_uid = plan.official_key_space_uid
-    if config.uid_rule == 'corrected':
-      key_uid = plan.space_uid
-    atoms = {
-      **values,
-      'token_index': np.asarray(plan.token_index),
-      'mask': np.asarray(plan.atom_mask),
-      'query_uid': np.asarray(plan.space_uid),
-      'key_uid': np.asarray(key_uid),
-    }
     found: dict[str, Any] = aca_reference.atom_cross_att(
       {module: float64(arrays) for module, arrays in params.items()},
-      atoms,
+      {**values, **_plan_atoms(config, plan)},
       plan.num_tokens,
       num_queries=plan.num_queries,
       num_keys=plan.num_keys,
@@ -222,6 +218,119 @@ def atom_cross_att(
     },
     arguments,
   )
+
+
+def diffusion_head(
+  config: dh.DiffusionHeadConfig,
+  batch: atom_layout.DenseBatch,
+  *,
+  cache_pair_logits: bool | None = None,
+  use_conditioning: bool = True,
+) -> System:
+  """AF3's diffusion head, what is constant computed once; one sample."""
+  plan = batch.plan
+  head = cdh.cached_diffusion_head(config, cache_pair_logits=cache_pair_logits)
+  embeddings = ('single', 'pair', 'target_feat')
+
+  def split(
+    inputs: dict[str, Any],
+  ) -> tuple[dh.DiffusionHeadBatch, dh.TrunkEmbeddings]:
+    ids = {field.name: inputs[field.name] for field in _TOKEN_IDS}
+    given = {name: inputs[name] for name in embeddings}
+    # Conformers are constants here, in the precision of the inputs.
+    ref = jax.tree.map(
+      lambda x: (
+        jnp.asarray(x, jnp.promote_types(given['single'].dtype, x.dtype))
+        if x.dtype.kind == 'f'
+        else x
+      ),
+      batch.ref,
+    )
+    own = dataclasses.replace(batch, ref=ref)
+    return (
+      dh.DiffusionHeadBatch(own, dh.TokenIds(**ids)),
+      dh.TrunkEmbeddings(**given),
+    )
+
+  def run(params: hk.Params, **inputs: Any) -> jax.Array:
+    conditioning = head.precompute(params, *split(inputs), use_conditioning)
+    positions = jnp.asarray(inputs['positions_noisy'])
+    denoised = head.denoise(
+      params, conditioning, positions[None], inputs['noise_level']
+    )[0]
+    return denoised.astype(jnp.bfloat16) if config.bfloat16 else denoised
+
+  def init(key: jax.Array, **inputs: Any) -> Any:
+    params = head.init(key, *split(inputs))
+    jax.eval_shape(run, params, **inputs)  # For its checks.
+    return params
+
+  def oracle(params: hk.Params, inputs: Inputs) -> np.ndarray:
+    values = float64(inputs)
+    real = np.asarray(plan.atom_mask)
+    index = np.asarray(plan.dense_index)[real]
+
+    def flat(x: Any) -> np.ndarray:
+      x = np.asarray(x)
+      rows = np.zeros((plan.n_atom, *x.shape[2:]), x.dtype)
+      rows[real] = x.reshape(-1, *x.shape[2:])[index]
+      return rows
+
+    positions = values['positions_noisy']
+    ref = {
+      field.name: flat(getattr(batch.ref, field.name))
+      for field in dataclasses.fields(batch.ref)
+    }
+    found = head_reference.diffusion_head(
+      {module: float64(arrays) for module, arrays in params.items()},
+      flat(positions),
+      float(values['noise_level']),
+      {**float64(ref), **_plan_atoms(config.atoms, plan)},
+      {field.name: values[field.name] for field in _TOKEN_IDS},
+      {name: values[name] for name in embeddings},
+      dh.noise_constants(),
+      use_conditioning=use_conditioning,
+      num_queries=plan.num_queries,
+      num_keys=plan.num_keys,
+      padded_keys=config.atoms.padded_keys,
+    )
+    dense = np.zeros((plan.num_tokens * plan.num_slots, 3))
+    dense[index] = found[real]
+    return dense.reshape(positions.shape)
+
+  return System(
+    'af3_diffusion_head',
+    'AlphaFold 3 diffusion head',
+    'Abramson et al. 2024, Suppl. Algs. 3, 5-7 and 20-26',
+    hk.Transformed(init, run),
+    oracle,
+    {
+      'positions_noisy': 'n_token n_slot 3',
+      'noise_level': '',
+      **{field.name: 'n_token' for field in _TOKEN_IDS},
+      'single': 'n_token c_single',
+      'pair': 'n_token n_token c_pair',
+      'target_feat': 'n_token c_target',
+    },
+  )
+
+
+_TOKEN_IDS = dataclasses.fields(dh.TokenIds)
+
+
+def _plan_atoms(
+  config: af3.AtomCrossAttConfig, plan: wp.WindowPlan
+) -> dict[str, np.ndarray]:
+  """What the oracle of the atoms needs of a plan."""
+  key_uid = plan.official_key_space_uid
+  if config.uid_rule == 'corrected':
+    key_uid = plan.space_uid
+  return {
+    'token_index': np.asarray(plan.token_index),
+    'mask': np.asarray(plan.atom_mask),
+    'query_uid': np.asarray(plan.space_uid),
+    'key_uid': np.asarray(key_uid),
+  }
 
 
 def token_attention_pool(

@@ -9,6 +9,7 @@ import pytest
 
 from structattn_jax.benchmark import __main__ as command
 from structattn_jax.benchmark import alphafold3 as atom_cross_attention
+from structattn_jax.benchmark import alphafold3_diffusion_head as diffusion_head
 from structattn_jax.benchmark import harness, segment
 from structattn_jax.benchmark.alphafold2 import structure_module
 
@@ -184,3 +185,16 @@ def test_command_unknown_section_names_the_choices(capsys):
     command.main(['fold'])
   message = capsys.readouterr().err
   assert 'expected one of segment, ipa, structure_module, ' in message
+
+
+def test_diffusion_head_candidates_do_the_same_job():
+  step, training = diffusion_head.run(quick=True, rss=False)
+  assert [row.candidate for row in step.rows] == ['cached', 'jit', 'recomputed']
+  for row in step.rows:
+    assert row.max_relative_error < 1e-5
+    assert not row.note
+  temporaries = {
+    (row.case, row.candidate): row.temp_bytes for row in training.rows
+  }
+  assert len(temporaries) == 4
+  assert all(size > 0 for size in temporaries.values())

@@ -638,3 +638,42 @@ def test_verify_of_a_model_about_which_nothing_is_known(tmp_path, sample):
   report = verify.verify([tmp_path / 'x.bin'])
   assert report.status == 2
   assert 'neither a records.json nor a golden' in report.errors[0]
+
+
+def test_whole_diffusion_head_is_converted(tmp_path):
+  """Parameters of the golden, written as a released file and read again."""
+  path = GOLDENS.parent / 'af3_diffusion_head/head_small.npz'
+  scope = 'diffuser/~/diffusion_head/'
+  params: dict = {}
+  with np.load(path) as file:
+    sizes = json.loads(file['meta'].item())['config']
+    for key in file.files:
+      if key.startswith(f'params/{scope}'):
+        module, name = key.removeprefix(f'params/{scope}').rsplit('/', 1)
+        params.setdefault(module, {})[name] = file[key]
+  source, target = tmp_path / 'model.bin', tmp_path / 'head.npz'
+  convert.save_params(source, params, scope=scope)
+  config, loaded = convert.load_diffusion_head(source)
+  assert loaded.keys() == params.keys()
+  for module, arrays in params.items():
+    assert loaded[module].keys() == arrays.keys()
+    for name, array in arrays.items():
+      np.testing.assert_array_equal(loaded[module][name], array)
+  transformer = config.transformer
+  assert (config.seq_channel, config.pair_channel) == (20, 12)
+  assert transformer.num_blocks == sizes['tblocks']
+  assert transformer.super_block_size == sizes['sb']
+  assert transformer.attention.num_head == sizes['theads']
+  assert config.atoms.per_token_channels == sizes['token']
+  arguments = [str(source), str(target), '--part', 'diffusion_head']
+  assert cli.main(['convert', *arguments]) == 0
+  assert target.exists()
+
+  del params['output_norm']
+  params['pair_transition_1ffw_transition2']['weights'] = np.zeros((5, 12))
+  convert.save_params(source, params, scope=scope)
+  message = refusal(source, alphafold3.load_diffusion_head)
+  assert f'missing {scope}output_norm//scale' in message
+  assert (
+    'pair_transition_1ffw_transition2//weights has shape [5, 12]' in message
+  )

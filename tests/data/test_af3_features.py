@@ -1,9 +1,11 @@
 """AlphaFold 3's inputs against what its own featurisation recorded."""
 
 import dataclasses
+import functools
 import hashlib
 import itertools
 import pathlib
+import time
 import types
 
 import jax
@@ -11,7 +13,7 @@ import numpy as np
 import pytest
 
 from structattn_jax import data
-from structattn_jax.data import chemical_components, structures
+from structattn_jax.data import chemical_components, conformers, structures
 from structattn_jax.network.alphafold3 import atom_layout, window_plan
 
 GOLDENS = pathlib.Path(__file__).parents[1] / 'goldens/af3_atom_cross_attention'
@@ -510,3 +512,117 @@ def test_structure_without_atoms_gives_empty_features():
   features = data.featurise_alphafold3(structure, **FIXED)
   assert (features.n_token, features.n_atom) == (0, 0)
   assert features.atoms.ref_pos.shape == (0, 3)
+
+
+def test_failed_conformers_are_searched_for_once(monkeypatch):
+  from rdkit.Chem import rdDistGeom
+
+  searched = []
+  embed = rdDistGeom.EmbedMolecule
+
+  def counted(molecule, options):
+    searched.append((molecule.GetNumAtoms(), options.maxIterations))
+    options.maxIterations = 5  # The failure is sure, and sooner.
+    return embed(molecule, options)
+
+  monkeypatch.setattr(rdDistGeom, 'EmbedMolecule', counted)
+  monkeypatch.setattr(
+    conformers,
+    '_can_be_embedded',
+    functools.cache(conformers._can_be_embedded.__wrapped__),
+  )
+  file = pathlib.Path(__file__).parent / 'files/cla3.cif'
+  structure = data.load_structure(file)
+  assert (structure.residue_name == 'CLA').sum() == 3
+  first = data.featurise_alphafold3(structure, seed=0, augment=False)
+  again = data.featurise_alphafold3(structure, seed=1, augment=False)
+  chlorophyll = conformers.ideal_conformer('CLA')
+  assert chlorophyll is not None
+  whole = [n for n, _ in searched if n == len(chlorophyll.atom_names)]
+  assert len(whole) == 1
+  # RDKit's own cap, which 0 stands for, grows with the molecule.
+  assert all(0 < most <= 1000 for _, most in searched)
+  # The CCD's coordinates stand in, whatever the seed.
+  rows = np.isin(
+    first.atoms.ref_space_uid,
+    np.flatnonzero(structure.residue_name == 'CLA'),
+  )
+  np.testing.assert_array_equal(
+    first.atoms.ref_pos[rows], again.atoms.ref_pos[rows]
+  )
+  assert np.ptp(first.atoms.ref_pos[rows], axis=0).min() > 1.0
+
+
+def test_hard_component_has_a_generated_conformer():
+  found = conformers.generated_conformer('HEM', seed=7)
+  ideal = conformers.ideal_conformer('HEM')
+  assert found is not None
+  assert ideal is not None
+  assert found.atom_names == ideal.atom_names
+  assert np.abs(found.positions - ideal.positions).max() > 0.1
+
+
+def _long_chain(n_residue):
+  """Copies of the first residues of a protein behind each other."""
+  structure = data.load_structure(data.example('1tqh').structure)
+  copies, piece = n_residue // 200, 200
+  rows = structure.atom_residue < piece
+
+  def repeat(values, keep):
+    return np.concatenate([values[keep]] * copies)
+
+  residues = np.arange(structure.n_residue) < piece
+  offset = np.repeat(np.arange(copies) * piece, rows.sum())
+  changes = {
+    name: repeat(getattr(structure, name), residues)
+    for name in (
+      'residue_name',
+      'component_name',
+      'insertion_code',
+      'residue_chain',
+      'residue_kind',
+    )
+  } | {
+    field.name: repeat(getattr(structure, field.name), rows)
+    for field in dataclasses.fields(structure)
+    if np.shape(getattr(structure, field.name))[:1] == (structure.n_atom,)
+  }
+  changes['atom_residue'] = (changes['atom_residue'] + offset).astype(np.int32)
+  number = np.arange(1, n_residue + 1, dtype=np.int32)
+  changes['residue_id'] = number
+  if hasattr(structure, 'sequence_index'):
+    changes['sequence_index'] = number
+  return dataclasses.replace(structure, **changes)
+
+
+def test_time_is_linear_in_the_length_of_a_chain():
+  def seconds(n_residue):
+    structure = _long_chain(n_residue)
+    start = time.process_time()
+    data.featurise_alphafold3(structure, **FIXED)
+    return time.process_time() - start
+
+  seconds(200)  # Reads the components.
+  short = min(seconds(600) for _ in range(2))
+  # Quadratic work made this 22 times as long, and 18 s.
+  assert seconds(4800) < 16 * short
+
+
+def test_bond_of_a_sugar_is_found_among_many_atoms(pdb, write):
+  for i in range(400):
+    pdb.residue('GLY', i + 1, names=('N', 'CA', 'C', 'O'))
+  for i, (name, x) in enumerate((('NAG', 100.0), ('NAG', 104.0))):
+    for atom, dx in (('C1', 0.0), ('O1', 1.4), ('C2', 2.5)):
+      pdb.atom(atom, name, 900 + i, (x + dx, 0.1, 30.0), hetero=True)
+  structure = data.load_structure(write(pdb))
+  features = data.featurise_alphafold3(structure, **FIXED)
+  chars = features.atoms.ref_atom_name_chars
+  o1 = (chars == [ord('O') - 32, ord('1') - 32, 0, 0]).all(axis=1)
+  assert features.atoms.ref_space_uid[o1].tolist() == []
+  # O1 of the first reaches C1 of a third.
+  pdb.atom('C1', 'NAG', 902, (101.4, 1.5, 30.0), hetero=True)
+  structure = data.load_structure(write(pdb))
+  features = data.featurise_alphafold3(structure, **FIXED)
+  chars = features.atoms.ref_atom_name_chars
+  o1 = (chars == [ord('O') - 32, ord('1') - 32, 0, 0]).all(axis=1)
+  assert features.atoms.ref_space_uid[o1].tolist() == [400]

@@ -335,3 +335,19 @@ def test_long_chains_take_linear_time(pdb, write):
   start = time.process_time()
   data.featurise_alphafold3(structure, seed=0)
   assert time.process_time() - start < 15
+
+
+def test_second_byte_order_mark_loses_no_atom(pdb, tmp_path):
+  path = tmp_path / 'x.pdb'
+  text = pdb.residue('ALA', 1).text().encode()
+  path.write_bytes(b'\xef\xbb\xbf' * 2 + text)
+  assert data.load_structure(path).n_atom == 5
+
+
+def test_model_number_that_is_none_is_refused(tmp_path):
+  path = tmp_path / 'x.cif'
+  text = (pathlib.Path(__file__).parent / 'files/ions_noauth.cif').read_text()
+  assert '20.00 ? 1\n' in text
+  path.write_text(text.replace('20.00 ? 1\n', '20.00 ? nan\n', 1))
+  with pytest.raises(data.StructureFileError, match='row 1, pdbx_pdb_model'):
+    data.load_structure(path)

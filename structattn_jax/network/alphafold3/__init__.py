@@ -1,4 +1,4 @@
-"""AlphaFold 3: atom cross attention, transformers, layouts and windows."""
+"""AlphaFold 3: diffusion head, atom cross attention, transformers, layouts."""
 
 from structattn_jax.network.alphafold3.atom_cross_attention import (
   AtomCrossAttConfig,
@@ -21,9 +21,23 @@ from structattn_jax.network.alphafold3.cached_atom_attention import (
   cached_atom_cross_att,
   transform_atom_cross_att,
 )
+from structattn_jax.network.alphafold3.cached_diffusion import (
+  CachedDiffusionHead,
+  DiffusionConditioning,
+  cached_diffusion_head,
+)
 from structattn_jax.network.alphafold3.dense_atom_attention import (
   DenseAtomCrossAtt,
   dense_atom_cross_att,
+)
+from structattn_jax.network.alphafold3.diffusion_head import (
+  DiffusionHead,
+  DiffusionHeadBatch,
+  DiffusionHeadConfig,
+  TokenIds,
+  TrunkEmbeddings,
+  diffusion_head_parameters,
+  transform_diffusion_head,
 )
 from structattn_jax.network.alphafold3.diffusion_transformer import (
   CrossAttTransformer,
@@ -51,15 +65,22 @@ __all__ = [
   'AtomCrossAttHeadOutput',
   'AtomEncoding',
   'CachedAtomCrossAtt',
+  'CachedDiffusionHead',
   'CrossAttTransformer',
   'CrossAttTransformerConfig',
   'CrossAttentionConfig',
   'DenseAtomCrossAtt',
   'DenseBatch',
+  'DiffusionConditioning',
+  'DiffusionHead',
+  'DiffusionHeadBatch',
+  'DiffusionHeadConfig',
   'RefStructure',
   'SelfAttentionConfig',
+  'TokenIds',
   'Transformer',
   'TransformerConfig',
+  'TrunkEmbeddings',
   'WindowPlan',
   'atom_cross_att',
   'atom_cross_att_decoder',
@@ -67,7 +88,10 @@ __all__ = [
   'atom_cross_att_parameters',
   'build_window_plan',
   'cached_atom_cross_att',
+  'cached_diffusion_head',
   'dense_atom_cross_att',
+  'diffusion_head_parameters',
   'transform_atom_cross_att',
+  'transform_diffusion_head',
   'transform_transformer',
 ]

@@ -244,10 +244,16 @@ def sample_structures(
     structure,
     **{
       name: getattr(structure, name)[order]
-      for name in ('atom_name', 'element', 'charge', 'occupancy', 'position')
+      for name in (
+        'atom_residue',
+        'atom_name',
+        'element',
+        'charge',
+        'occupancy',
+        'b_factor',
+        'position',
+      )
     },
-    atom_residue=structure.atom_residue[order],
-    b_factor=None if structure.b_factor is None else structure.b_factor[order],
   )
   return Samples(
     ordered,

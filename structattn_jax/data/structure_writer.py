@@ -1,8 +1,8 @@
 """Writes structures as mmCIF files.
 
 One `atom_site` category with the names, numbers and chains that the input had;
-`label_` items repeat the author's, as there is no sequence to number. What the
-input has no value for is '.' or '?'.
+`label_asym_id` repeats the author's chain, `label_seq_id` is the position in
+its sequence. What the input has no value for is '.' or '?'.
 
 Units: positions in angstrom, B-factors in square angstrom.
 """
@@ -74,11 +74,9 @@ def mmcif_text(structure: structures.Structure, position: np.ndarray) -> str:
   chains = np.array(structure.chain_ids, dtype=str)
   chain = chains[structure.residue_chain][residue]
   number = structure.residue_id[residue].astype(str)
+  in_sequence = structure.sequence_index[residue].astype(str)
   name = structure.residue_name[residue]
   insertion = structure.insertion_code[residue]
-  b_factor = structure.b_factor
-  if b_factor is None:
-    b_factor = np.zeros(structure.n_atom)
   columns = {
     'group_PDB': np.where(is_polymer[residue], 'ATOM', 'HETATM'),
     'id': np.arange(1, structure.n_atom + 1).astype(str),
@@ -88,13 +86,13 @@ def mmcif_text(structure: structures.Structure, position: np.ndarray) -> str:
     'label_comp_id': name,
     'label_asym_id': chain,
     'label_entity_id': (structure.residue_chain[residue] + 1).astype(str),
-    'label_seq_id': np.where(is_polymer[residue], number, '.'),
+    'label_seq_id': np.where(is_polymer[residue], in_sequence, '.'),
     'pdbx_PDB_ins_code': np.where(insertion == '', '?', insertion),
     'Cartn_x': _decimals(position[:, 0], 3),
     'Cartn_y': _decimals(position[:, 1], 3),
     'Cartn_z': _decimals(position[:, 2], 3),
     'occupancy': _decimals(structure.occupancy, 2),
-    'B_iso_or_equiv': _decimals(b_factor, 2),
+    'B_iso_or_equiv': _decimals(structure.b_factor, 2),
     'pdbx_formal_charge': structure.charge.astype(str),
     'auth_seq_id': number,
     'auth_comp_id': name,

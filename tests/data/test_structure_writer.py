@@ -16,6 +16,7 @@ FIELDS = (
   'insertion_code',
   'residue_chain',
   'residue_kind',
+  'sequence_index',
   'atom_residue',
   'atom_name',
   'element',
@@ -47,7 +48,7 @@ def test_names_that_need_quotes_are_quoted(tmp_path):
   given = dataclasses.replace(
     given,
     name="a b'c",
-    atom_name=np.array(["O5'", 'C"', "N'A", 'X', '_a', 'CA', 'C'])[: few.sum()],
+    atom_name=np.array(["O5'", 'C"', "N'A", 'X', '_A', 'CA', 'C'])[: few.sum()],
     **{
       field: getattr(given, field)[few]
       for field in (
@@ -59,7 +60,7 @@ def test_names_that_need_quotes_are_quoted(tmp_path):
         'b_factor',
       )
     },
-    **{field: getattr(given, field)[:1] for field in FIELDS[:6]},
+    **{field: getattr(given, field)[:1] for field in FIELDS[:7]},
   )
   text = data.mmcif_text(given, given.position)
   assert text.startswith('data_a_b_c')

@@ -43,8 +43,9 @@ CEILINGS = {
   ('boltz_atom_encoder', 'boltz1_encoder_decoder'): BOLTZ,
   ('boltz_atom_encoder', 'boltz2_encoder'): BOLTZ,
   ('boltz_atom_encoder', 'boltz2_encoder_decoder'): BOLTZ,
-  ('boltz_diffusion', 'boltz1'): {'relative': 2e-6, 'gradient': 1e-5},
-  ('boltz_diffusion', 'boltz2'): {'relative': 2e-6, 'gradient': 1e-5},
+  # Trajectories of 5 steps: 1.5 times upstream's own error.
+  ('boltz_diffusion', 'boltz1'): {'relative': 2.5e-6, 'gradient': 1e-5},
+  ('boltz_diffusion', 'boltz2'): {'relative': 2.5e-6, 'gradient': 1e-5},
   ('pallatom_atom_transformers', 'build_sparse_pairs'): {'absolute': 0.0},
   ('pallatom_atom_transformers', 'AtomTransformer'): {
     'relative': 3e-6,

@@ -122,7 +122,8 @@ class TokenAttentionPool(hk.Module):
       slots.mask[:, None, :, None] & slots.mask[:, None, None, :],
     )
     count = jnp.maximum(jnp.sum(slots.mask, -1), 1)[:, None, None]
-    weights = jnp.sum(attention, -2) / count  # [t, h, j], mean over queries
+    # [t, h, j], mean over queries.
+    weights = jnp.sum(attention, -2) / count.astype(attention.dtype)
     pooled = jnp.einsum(
       'thj,tjc->thc', weights.astype(x.dtype), segment.take_slots(x, slots)
     )

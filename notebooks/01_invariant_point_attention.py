@@ -66,7 +66,7 @@ n_res = len(protein.mask)
 rotation = jnp.asarray(protein.rotation)
 translation = jnp.asarray(protein.translation)  # angstrom
 single = 21**0.5 * jax.nn.one_hot(protein.residue_type, 21)
-index = protein.residue_index
+index = protein.author_index
 offset = np.clip(index[None] - index[:, None], -32, 32) + 32
 pair = 65**0.5 * jax.nn.one_hot(offset, 65)
 print(n_res, 'residues; single', single.shape, 'and pair', pair.shape)

@@ -227,7 +227,7 @@ plt.show()
 worst = np.where(side, error['measured'], 0).max(-1)
 for row in np.argsort(-worst)[:8]:
   letter = residue_constants.RESTYPES[protein.residue_type[row]]
-  print(f'{letter}{protein.residue_index[row]}: {worst[row]:.1f} angstrom')
+  print(f'{letter}{protein.author_index[row]}: {worst[row]:.1f} angstrom')
 
 # %% [markdown]
 # ## 3. FAPE

@@ -139,7 +139,7 @@ distance = np.linalg.norm(
 )
 near = distance.min(0) < 5.0
 seen = np.isin(np.flatnonzero(~is_ligand), keys[ligand_window])
-pocket = np.unique(tokens.residue_index[atoms.token_index[~is_ligand][near]])
+pocket = np.unique(tokens.author_index[atoms.token_index[~is_ligand][near]])
 print(f'{near.sum()} protein atoms of {len(pocket)} residues are within')
 print('5 angstrom of the ligand:', *pocket)
 print(f'{(near & seen).sum()} of them are keys of window {ligand_window}')

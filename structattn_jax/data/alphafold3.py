@@ -32,6 +32,7 @@ Units: positions in angstrom, charges in elementary charges.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -114,12 +115,15 @@ def featurise_alphafold3(
     structure.atom_residue, np.arange(structure.n_residue + 1)
   ).tolist()
   is_residue = features.is_residue_token(structure)
+  chain_ends = _chain_ends(structure)
   atoms: list[_Atom] = []
   atom_residue: list[int] = []
   dense_slot: list[int] = []
   for residue in range(structure.n_residue):
     in_file = range(bounds[residue], bounds[residue + 1])
-    leaving = _leaving_atoms(structure, residue, in_file, standalone_glycans)
+    leaving = _leaving_atoms(
+      structure, residue, in_file, chain_ends, standalone_glycans
+    )
     conformer_seed = int(random.integers(1, 2**31))
     listed = _list_atoms(
       structure,
@@ -311,18 +315,14 @@ def _leaving_atoms(
   structure: structures.Structure,
   residue: int,
   in_file: range,
+  chain_ends: Mapping[int, tuple[int, str]],
   standalone_glycans: str,
 ) -> set[str]:
   """Atoms of the component that this residue does not have."""
   kind = structure.residue_kind
   names = {str(structure.atom_name[i]) for i in in_file}
   if kind[residue] != structures.LIGAND:
-    chain = structure.residue_chain == structure.residue_chain[residue]
-    polymer = np.flatnonzero(chain & (kind != structures.LIGAND))
-    if any(_is_nucleotide(structure, i) for i in polymer):
-      end, atom = polymer[0], 'OP3'
-    else:
-      end, atom = polymer[-1], 'OXT'
+    end, atom = chain_ends[int(structure.residue_chain[residue])]
     return set() if residue == end or atom in names else {atom}
   component = chemical_components.find_component(
     str(structure.component_name[residue])
@@ -333,6 +333,19 @@ def _leaving_atoms(
   if 'O1' in bonded or (standalone_glycans == 'whole' and not bonded):
     return set()
   return {'O1'}
+
+
+def _chain_ends(
+  structure: structures.Structure,
+) -> dict[int, tuple[int, str]]:
+  """Per polymer, the residue that keeps an atom all others have lost."""
+  ends = {}
+  polymer = structure.residue_kind != structures.LIGAND
+  for chain in np.unique(structure.residue_chain[polymer]).tolist():
+    rows = np.flatnonzero(polymer & (structure.residue_chain == chain)).tolist()
+    nucleic = any(_is_nucleotide(structure, row) for row in rows)
+    ends[chain] = (rows[0], 'OP3') if nucleic else (rows[-1], 'OXT')
+  return ends
 
 
 def _is_nucleotide(structure: structures.Structure, residue: int) -> bool:

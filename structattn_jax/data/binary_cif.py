@@ -6,6 +6,7 @@ packed integers and tables of strings. Every size that a file declares is
 checked before memory is asked for.
 """
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -54,9 +55,7 @@ def tables(
         if not isinstance(rows, int) or not 0 <= rows <= most_rows:
           raise ValueError(f'{category} has {rows!r} rows')
         found.append(
-          {
-            column['name']: _column(column, rows) for column in table['columns']
-          }
+          {column['name']: _column(column, rows) for column in table['columns']}
         )
   return found
 
@@ -84,7 +83,8 @@ def _decode(encoded: dict[str, Any], most: int) -> np.ndarray:
   for encoding in reversed(encoded['encoding']):
     kind = encoding['kind']
     if kind == 'ByteArray':
-      data = np.frombuffer(data, np.dtype(_TYPES[encoding['type']]).newbyteorder('<'))
+      kind = np.dtype(_TYPES[encoding['type']]).newbyteorder('<')
+      data = np.frombuffer(data, kind)
     elif kind == 'FixedPoint':
       data = data.astype(_TYPES[encoding['srcType']]) / encoding['factor']
     elif kind == 'IntervalQuantization':
@@ -120,17 +120,13 @@ def _unpacked(data: np.ndarray, size: int, unsigned: bool) -> np.ndarray:
   return np.diff(total, prepend=0)
 
 
-def _strings(encoding: dict[str, Any], data: bytes, most: int) -> np.ndarray:
+def _strings(encoding: dict[str, Any], data: Any, most: int) -> np.ndarray:
   text = encoding['stringData']
   offsets = _decode(
     {'data': encoding['offsets'], 'encoding': encoding['offsetEncoding']},
     len(text) + most + 2,
   ).tolist()
-  known = [
-    text[start:stop] for start, stop in zip(offsets[:-1], offsets[1:], strict=True)
-  ]
-  index = _decode(
-    {'data': data, 'encoding': encoding['dataEncoding']}, most
-  )
+  known = [text[start:stop] for start, stop in itertools.pairwise(offsets)]
+  index = _decode({'data': data, 'encoding': encoding['dataEncoding']}, most)
   # -1 stands for a missing value, which the mask says, too.
   return np.array([*known, ''], dtype=object)[index]

@@ -55,7 +55,33 @@ _RESIDUE_ALIASES = {
   'ASH': 'ASP',
   'GLH': 'GLU',
   'LYN': 'LYS',
+  # Nucleotides of AMBER, whose ends are numbered, and CHARMM.
+  **{f'R{base}{end}': base for base in 'ACGU' for end in ('', '3', '5', 'N')},
+  **{f'D{base}{end}': f'D{base}' for base in 'ACGT' for end in '35N'},
+  **{f'{base}{end}': base for base in 'ACGU' for end in '35'},
+  **{'ADE': 'A', 'CYT': 'C', 'GUA': 'G', 'URA': 'U', 'THY': 'DT'},
 }
+# Names of four letters: ends of AMBER's chains, protonation in GROMACS, waters.
+_LONG_ALIASES = {
+  **{
+    f'{end}{name}': name for end in 'NC' for name in _AMINO_ACID_TABLE.split()
+  },
+  **{f'{end}{name}': 'HIS' for end in 'NC' for name in ('HID', 'HIE', 'HIP')},
+  **{f'{end}CYX': 'CYS' for end in 'NC'},
+  **dict.fromkeys(('LYSH', 'LYSN'), 'LYS'),
+  **dict.fromkeys(
+    ('HISA', 'HISB', 'HISD', 'HISE', 'HISH', 'HIS1', 'HIS2'), 'HIS'
+  ),
+  **dict.fromkeys(('CYSH', 'CYS1', 'CYS2'), 'CYS'),
+  **dict.fromkeys(('ASPH', 'ASPP'), 'ASP'),
+  **dict.fromkeys(('GLUH', 'GLUP'), 'GLU'),
+  'ARGN': 'ARG',
+  **dict.fromkeys(('TIP3', 'TIP4', 'TIP5', 'TP3M', 'SPCE'), 'HOH'),
+}
+# SOL, SPC and TP3 are other components in the CCD; water models of simulation
+# packages are recognised by the name of their oxygen.
+WATERS = frozenset(('HOH', 'DOD', 'H2O', 'WAT', 'TIP', 'TIP3', 'TIP4', 'TIP5'))
+WATER_MODELS = frozenset(('SOL', 'SPC', 'TP3'))
 # Atom names of legacy and simulation files -> names of the CCD.
 _ATOM_ALIASES = {
   'O1P': 'OP1',
@@ -205,24 +231,41 @@ def find_component(name: str) -> Component | None:
   )
 
 
+def is_water(residue_name: str) -> bool:
+  """Whether a residue of this name is, or may be, water."""
+  return residue_name in WATERS | WATER_MODELS
+
+
+def long_residue_alias(name: str) -> str | None:
+  """The three letters of a name of four that simulation packages write."""
+  return _LONG_ALIASES.get(name.strip().upper())
+
+
 def resolve_component_name(residue_name: str, atom_names: set[str]) -> str:
-  """Maps MSE and protonation-state names to the standard amino acid.
+  """Maps names of simulation packages, and MSE, to the standard residue.
 
   Args:
     residue_name: the code in the file.
     atom_names: the heavy atoms that the file has for the residue.
 
   Returns:
-    The amino acid's code if `residue_name` is an alias and the backbone N, CA
-    and C are there and every atom belongs to the amino acid; otherwise
-    `residue_name`. MSE needs only a CA.
+    The standard code if `residue_name` is an alias, the backbone (N, CA and C,
+    or C1', C3' and C4') is there and every atom belongs to the residue;
+    otherwise `residue_name`. MSE needs only a CA.
   """
   parent = _RESIDUE_ALIASES.get(residue_name)
   if parent is None:
     return residue_name
-  needed = {'CA'} if residue_name == 'MSE' else {'N', 'CA', 'C'}
+  atom_names = {name.replace('*', "'") for name in atom_names}
+  if parent in NUCLEOTIDES:
+    needed = {"C1'", "C3'", "C4'"}
+    # CHARMM has one name for both; the sugar tells.
+    if parent in 'ACG' and "O2'" not in atom_names:
+      parent = f'D{parent}'
+  else:
+    needed = {'CA'} if residue_name == 'MSE' else {'N', 'CA', 'C'}
   component = find_component(parent)
-  assert component is not None  # The 20 amino acids are in every CCD.
+  assert component is not None  # The standard residues are in every CCD.
   if not needed <= atom_names or any(
     component.match(name) is None for name in atom_names
   ):

@@ -18,6 +18,8 @@ import numpy as np
 
 from structattn_jax.data import chemical_components
 
+_MAX_ATTEMPTS = 64
+
 
 class Conformer(NamedTuple):
   """Positions of one component or molecule.
@@ -76,7 +78,19 @@ def generated_conformer(name: str, seed: int) -> Conformer | None:
     ImportError: if RDKit or biotite is not installed, naming the extra.
   """
   molecule = _component_molecule(name)
-  return None if molecule is None else _embed(*molecule, seed)
+  if molecule is None or not _can_be_embedded(name):
+    return None
+  return _embed(*molecule, seed)
+
+
+@functools.cache
+def _can_be_embedded(name: str) -> bool:
+  """Whether one search succeeds: if not, others would take as long, and fail.
+
+  The seed is fixed, so that no result depends on what was asked before.
+  """
+  molecule = _component_molecule(name)
+  return molecule is not None and _embed(*molecule, seed=0) is not None
 
 
 def generated_from_mol_block(
@@ -154,6 +168,8 @@ def _embed(
 
   options = rdDistGeom.ETKDGv3()
   options.randomSeed = seed
+  # RDKit's own limit, ten per atom, takes half a minute for a chlorophyll.
+  options.maxIterations = _MAX_ATTEMPTS
   molecule = chem.Mol(molecule)
   with rdBase.BlockLogs():
     if rdDistGeom.EmbedMolecule(molecule, options) < 0:

@@ -21,8 +21,15 @@ class TokenFeatures:
   """One row per token, residues in the order of the file.
 
   Attributes:
-    residue_index: [n_token] int32, the author's residue number: may be
-      negative; residues with insertion codes repeat it.
+    residue_index: [n_token] int32, position along the chain's sequence, from
+      1: see `Structure.sequence_index`; 1 in ligands.
+    author_index: [n_token] int32, the author's residue number: may be negative
+      and may repeat; the insertion code is in the metadata's labels.
+    asym_id: [n_token] int32, number of the chain, from 1. Every ligand is a
+      chain of its own here, as in AF3.
+    entity_id: [n_token] int32, from 1, the same for chains of equal sequences
+      and for equal ligands.
+    sym_id: [n_token] int32, number of the copy of its entity, from 1.
     residue_uid: [n_token] int32, running number of (chain, residue) from 0.
     chain_index: [n_token] int32 from 0, index into `metadata.chain_ids`.
     residue_type: [n_token] int32, index into `RESIDUE_TYPES`; ligands and
@@ -41,6 +48,10 @@ class TokenFeatures:
   """
 
   residue_index: np.ndarray
+  author_index: np.ndarray
+  asym_id: np.ndarray
+  entity_id: np.ndarray
+  sym_id: np.ndarray
   residue_uid: np.ndarray
   chain_index: np.ndarray
   residue_type: np.ndarray
@@ -52,6 +63,12 @@ class TokenFeatures:
   rotation: np.ndarray
   translation: np.ndarray
   frame_mask: np.ndarray
+
+  @property
+  def token_index(self) -> np.ndarray:
+    """[n_token] int32, from 1 over all real tokens; 0 in padding."""
+    number = np.cumsum(self.mask, dtype=np.int32)
+    return np.where(self.mask, number, 0).astype(np.int32)
 
 
 @jax.tree_util.register_dataclass
@@ -191,7 +208,8 @@ class ProteinFeatures:
 
   Attributes:
     residue_type: [n_res] int32 in [0, 20], `RESIDUE_TYPES` and AF2's order.
-    residue_index: [n_res] int32, the author's residue number.
+    residue_index: [n_res] int32, position along the chain's sequence, from 1.
+    author_index: [n_res] int32, the author's residue number.
     chain_index: [n_res] int32 from 0.
     mask: [n_res] bool, all True.
     rotation: [n_res, 3, 3] float32, columns are the axes of the frame.
@@ -202,6 +220,7 @@ class ProteinFeatures:
 
   residue_type: np.ndarray
   residue_index: np.ndarray
+  author_index: np.ndarray
   chain_index: np.ndarray
   mask: np.ndarray
   rotation: np.ndarray

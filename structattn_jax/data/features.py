@@ -9,7 +9,6 @@ Differs from AF3, whose own rules are in `alphafold3.py`:
   * Only atoms in the file are listed; AF3 lists those of the sequence.
   * `ref_pos` is the CCD's ideal conformer, centred on the listed heavy atoms
     of the residue, without random rotation and translation: deterministic.
-  * `residue_index` is the author's number, AF3's counts from 1 per entity.
 
 Shapes: n_token tokens; n_atom heavy atoms; n_res protein tokens.
 Units: positions in angstrom, charges in elementary charges.
@@ -17,6 +16,7 @@ Units: positions in angstrom, charges in elementary charges.
 
 from __future__ import annotations
 
+import collections
 from typing import Any
 
 import numpy as np
@@ -130,8 +130,13 @@ def assemble(
     ],
     dtype=np.int32,
   )
+  asym_id, entity_id, sym_id = _chain_ids(structure)
   tokens = TokenFeatures(
-    residue_index=structure.residue_id[token_residue].astype(np.int32),
+    residue_index=structure.sequence_index[token_residue].astype(np.int32),
+    author_index=structure.residue_id[token_residue].astype(np.int32),
+    asym_id=asym_id[token_residue],
+    entity_id=entity_id[token_residue],
+    sym_id=sym_id[token_residue],
     residue_uid=token_residue.astype(np.int32),
     chain_index=structure.residue_chain[token_residue].astype(np.int32),
     residue_type=residue_type[token_residue],
@@ -149,6 +154,32 @@ def assemble(
     atoms=atoms,
     metadata=_metadata(structure, token_residue),
   )
+
+
+def _chain_ids(
+  structure: structures.Structure,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """asym_id, entity_id and sym_id of all residues, see `TokenFeatures`."""
+  ligand = structure.residue_kind == structures.LIGAND
+  chains: dict[tuple[int, int], list[int]] = {}
+  for residue, chain in enumerate(structure.residue_chain.tolist()):
+    own = residue if ligand[residue] else -1
+    chains.setdefault((chain, own), []).append(residue)
+  ids = np.zeros((3, structure.n_residue), np.int32)
+  entities: dict[tuple[str, ...], int] = {}
+  copies: collections.Counter[int] = collections.Counter()
+  for asym, residues in enumerate(chains.values(), start=1):
+    # The code of the file where the CCD has no such molecule.
+    names = np.where(
+      structure.component_name[residues] == '',
+      structure.residue_name[residues],
+      structure.component_name[residues],
+    )
+    kind = structures.LIGAND if ligand[residues[0]] else 'polymer'
+    entity = entities.setdefault((kind, *names.tolist()), len(entities) + 1)
+    copies[entity] += 1
+    ids[:, residues] = [[asym], [entity], [copies[entity]]]
+  return ids[0], ids[1], ids[2]
 
 
 def is_residue_token(structure: structures.Structure) -> np.ndarray:
@@ -173,6 +204,7 @@ def protein_only(features: ComplexFeatures) -> ProteinFeatures:
   return ProteinFeatures(
     residue_type=np.asarray(tokens.residue_type)[rows],
     residue_index=np.asarray(tokens.residue_index)[rows],
+    author_index=np.asarray(tokens.author_index)[rows],
     chain_index=np.asarray(tokens.chain_index)[rows],
     mask=np.asarray(tokens.mask)[rows],
     rotation=np.asarray(tokens.rotation)[rows],

@@ -4,36 +4,50 @@ Nothing is selected here except the model: alternate locations, waters and
 hydrogens are the business of `structures.py`. Every failure is reported as a
 `StructureFileError` that names the file and says what to do.
 
-PDB columns are read directly: biotite's reader, used for all other formats,
-stops at blank occupancies and at the sequence numbers that files of the 1990s
-keep in the columns of the charge.
+gemmi reads PDB and mmCIF. What it would pass over or read as something else is
+mended or refused beforehand, line by line: a file's frames that END records
+part, numbers that are none, charges that files of the 1990s do not have.
 
 Units: positions in angstrom, charges in elementary charges.
 """
 
 from __future__ import annotations
 
+import codecs
+import collections
 import dataclasses
 import gzip
 import io
 import os
 import pathlib
+import re
+import types
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from structattn_jax.data import chemical_components
+from structattn_jax.common import files
+from structattn_jax.data import binary_cif, chemical_components
 
 _PDB_SUFFIXES = ('.pdb', '.ent', '.pdb1')
 _CIF_SUFFIXES = ('.cif', '.mmcif', '.pdbx')
 _BINARY_CIF_SUFFIXES = ('.bcif',)
 _SDF_SUFFIXES = ('.sdf', '.mol', '.sd')
-_NO_VALUE = ('', '.', '?')
+_ATOM_RECORDS = ('ATOM', 'HETATM')
+# Digits, or hybrid-36 beyond what fits into four of them.
+_RESIDUE_NUMBER = r'-?[0-9]+|[A-Za-z][0-9A-Za-z]{3}'
+_SOME_NUMBER = r'[-+]?(nan|inf(inity)?|[0-9.]+(e[-+]?[0-9]*)?)'
+# Angstrom: capsids and ribosomes reach a few thousand.
+_FURTHEST = 1e5
+_MAX_OCCUPANCY, _MAX_B_FACTOR = 1e3, 1e6
+_MAX_ATOMS, _LONGEST_NAME = 10_000_000, 64
+# Zipped structures grow tenfold, waters a little more.
+_UNZIPPED, _UNZIPPED_TIMES = 2**24, 40
 
 
-class StructureFileError(ValueError):
+class StructureFileError(files.FileError):
   """A structure file is missing, unreadable or holds nothing usable."""
 
 
@@ -43,29 +57,39 @@ class AtomTable:
 
   Attributes:
     chain_id: [n_atom] str, the author's chain name.
+    chain_piece: [n_atom] int32, number of earlier chains of this name that a
+      TER record has ended; 0 in mmCIF.
     entity_chain: [n_atom] str, mmCIF's `label_asym_id`; '' for PDB.
     residue_id: [n_atom] int32, the author's residue number.
     insertion_code: [n_atom] str, '' if none.
+    sequence_id: [n_atom] int32, mmCIF's `label_seq_id`, from 1; 0 if none.
+    in_sequence: [n_atom] bool, whether the file lists the residue in the
+      sequence of its chain: by `label_seq_id`, or by SEQRES.
     residue_name: [n_atom] str, upper case.
     atom_name: [n_atom] str.
     alternate: [n_atom] str, label of the alternate location, '' if none.
     element: [n_atom] str, upper-case symbol.
     charge: [n_atom] int32, formal charge.
     occupancy: [n_atom] float64.
+    b_factor: [n_atom] float64, square angstrom; 0 where the file has none.
     hetero: [n_atom] bool, True for HETATM records.
     position: [n_atom, 3] float64, angstrom; NaN where the file has none.
   """
 
   chain_id: np.ndarray
+  chain_piece: np.ndarray
   entity_chain: np.ndarray
   residue_id: np.ndarray
   insertion_code: np.ndarray
+  sequence_id: np.ndarray
+  in_sequence: np.ndarray
   residue_name: np.ndarray
   atom_name: np.ndarray
   alternate: np.ndarray
   element: np.ndarray
   charge: np.ndarray
   occupancy: np.ndarray
+  b_factor: np.ndarray
   hetero: np.ndarray
   position: np.ndarray
 
@@ -117,13 +141,16 @@ def read_structure_file(
   Raises:
     StructureFileError: if the file is missing, of another kind or broken.
     ValueError: if the file has fewer than `model` models.
+    ImportError: if gemmi is not installed, naming the extra.
   """
   path = pathlib.Path(path)
   suffix = _suffix(path)
   if suffix in _PDB_SUFFIXES:
-    columns, model_of_atom = _read_pdb(path, _read_text(path))
-  elif suffix in _CIF_SUFFIXES or suffix in _BINARY_CIF_SUFFIXES:
-    columns, model_of_atom = _read_cif(path, suffix in _BINARY_CIF_SUFFIXES)
+    read, kind = _read_pdb, 'PDB'
+  elif suffix in _CIF_SUFFIXES:
+    read, kind = _read_cif, 'mmCIF'
+  elif suffix in _BINARY_CIF_SUFFIXES:
+    read, kind = _read_binary_cif, 'BinaryCIF'
   else:
     if suffix in _SDF_SUFFIXES:
       advice = 'give the protein here and pass this file as `ligand`'
@@ -135,6 +162,13 @@ def read_structure_file(
       f'{path}: cannot read {suffix or "files without a suffix"} as a '
       f'structure; {advice}'
     )
+  content = _read_bytes(path)
+  what = (
+    f'not a readable {kind} file; check that it is complete and has the right '
+    'suffix'
+  )
+  with files.guard(path, StructureFileError, what):
+    table, model_of_atom = read(path, content)
   _, first = np.unique(model_of_atom, return_index=True)
   numbers = model_of_atom[np.sort(first)]  # In file order.
   if not isinstance(model, int) or not 1 <= model <= len(numbers):
@@ -144,10 +178,8 @@ def read_structure_file(
     )
   # BinaryCIF holds single precision. Rounding the text formats alike gives the
   # same frames for every format of one structure.
-  columns['position'] = (
-    columns['position'].astype(np.float32).astype(np.float64)
-  )
-  table = AtomTable(**columns)
+  rounded = table.position.astype(np.float32).astype(np.float64)
+  table = dataclasses.replace(table, position=rounded)
   return table.take(model_of_atom == numbers[model - 1]), len(numbers)
 
 
@@ -171,7 +203,7 @@ def read_sdf_file(path: str | os.PathLike[str]) -> list[Molecule]:
       'convert it first, for example with RDKit or Open Babel'
     )
   molecules = []
-  blocks = list(_mol_blocks(_read_text(path)))
+  blocks = list(_mol_blocks(_text(_read_bytes(path))))
   for number, block in enumerate(blocks, start=1):
     place = f'{path}: record {number}' if len(blocks) > 1 else f'{path}'
     molecules.append(_read_mol_block(place, block))
@@ -197,215 +229,366 @@ def _read_bytes(path: pathlib.Path) -> bytes:
   try:
     data = path.read_bytes()
     if data[:2] == b'\x1f\x8b':  # By content: .gz is often lost in renaming.
-      data = gzip.decompress(data)
+      most = _UNZIPPED + _UNZIPPED_TIMES * len(data)
+      with gzip.open(io.BytesIO(data)) as file:
+        unzipped = file.read(most + 1)
+      if len(unzipped) > most:
+        raise StructureFileError(
+          f'{path}: {len(data):,} bytes unfold to more than {most:,}, which no '
+          'structure does'
+        )
+      data = unzipped
   except (OSError, EOFError, zlib.error) as error:
     raise StructureFileError(
       f'{path}: cannot be read ({error}); check that the file is complete'
     ) from error
+  if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+    raise StructureFileError(
+      f'{path}: the text is UTF-16; save it as UTF-8 or plain ASCII'
+    )
+  data = data.removeprefix(codecs.BOM_UTF8)
   if not data.strip():
     raise StructureFileError(f'{path}: the file is empty; download it again')
   return data
 
 
-def _read_text(path: pathlib.Path) -> str:
-  return _read_bytes(path).decode('utf-8', errors='replace')
+def _text(data: bytes) -> str:
+  return data.decode('utf-8', errors='replace')
 
 
-def _read_pdb(
-  path: pathlib.Path, text: str
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
+def _require_gemmi() -> types.ModuleType:
+  try:
+    import gemmi
+  except ImportError:
+    raise ImportError(
+      'structure files need gemmi: pip install "structattn-jax[data]"'
+    ) from None
+  return gemmi
+
+
+def _read_pdb(path: pathlib.Path, data: bytes) -> tuple[AtomTable, np.ndarray]:
   """Fixed columns of the PDB format, version 3.3, leniently."""
-  chemical_components.require_biotite()
-  # A compiled module, which type checkers do not see.
-  from biotite.structure.io.pdb.hybrid36 import (  # ty: ignore[import-not-found]
-    decode_hybrid36,
-  )
-
+  gemmi = _require_gemmi()
+  text = _text(data)
+  hint = 'it is not a PDB file'
+  if re.search(r'^\s*(data_|loop_|_atom_site\.)', text, re.MULTILINE):
+    hint = 'it looks like mmCIF, so rename it to .cif'
+    text = ''
+  sequences = _sequences_of_pdb(text)
   rows: list[tuple] = []
-  model, closed = 0, True
-  for number, line in enumerate(text.splitlines(), start=1):
-    record = line[:6]
-    if record.startswith('MODEL'):
-      model, closed = model + 1, False
-    elif record.startswith('ENDMDL'):
-      closed = True
-    if record not in ('ATOM  ', 'HETATM'):
-      continue
-    if closed:  # Atoms before, between or without MODEL records.
-      model, closed = model + 1, False
-    line = line.ljust(80)
-    try:
-      position = tuple(float(line[i : i + 8]) for i in (30, 38, 46))
-      residue_id = decode_hybrid36(line[22:26])
-    except ValueError as error:
-      raise StructureFileError(
-        f'{path}: line {number} is not a PDB atom record ({error}); the '
-        'columns of the residue number or the coordinates are broken'
-      ) from error
-    hetero = record == 'HETATM'
-    residue_name = line[17:21].strip().upper()
-    element = line[76:78].strip().upper()
-    if (
-      element not in chemical_components.ATOMIC_NUMBERS
-      and element not in chemical_components.HYDROGENS
-    ):
-      element = chemical_components.infer_element(
-        residue_name, line[12:16], hetero
-      )
-    rows.append(
-      (
-        line[21].strip(),
-        residue_id,
-        line[26].strip(),
-        residue_name,
-        line[12:16].strip(),
-        line[16].strip(),
-        element,
-        _pdb_charge(line[78:80]),
-        _float_or(line[54:60], 1.0),
-        hetero,
-        position,
-        model,
-      )
-    )
+  models = 0
+  for first, lines in _pdb_frames(text.splitlines()):
+    lines = [
+      _checked_pdb_line(path, number, line)
+      for number, line in enumerate(lines, start=first)
+    ]
+    marked = '\n'.join(_with_ter_before_copies(lines))
+    structure = gemmi.read_pdb_string(marked, split_chain_on_ter=True)
+    num_read = 0
+    for model in structure:
+      models += 1
+      # A chain that a TER has ended: another of that name is another chain,
+      # but ligands of the chain come behind its TER.
+      pieces: collections.Counter[str] = collections.Counter()
+      for chain in model:
+        polymer = any(residue.het_flag != 'H' for residue in chain)
+        if polymer or not pieces[chain.name]:
+          pieces[chain.name] += 1
+        piece = pieces[chain.name] - 1
+        for residue in chain:
+          name = residue.name.upper()
+          listed = name in sequences.get(chain.name, ())
+          for atom in residue:
+            num_read += 1
+            rows.append(
+              (
+                chain.name,
+                piece,
+                residue.seqid.num,
+                residue.seqid.icode.strip(),
+                name,
+                atom.name.upper(),
+                atom.altloc.replace('\0', ''),
+                atom.element.name.upper(),
+                atom.padded_name(),
+                atom.charge,
+                atom.occ,
+                atom.b_iso,
+                residue.het_flag == 'H',
+                listed,
+                atom.pos.tolist(),
+                models,
+              )
+            )
+    expected = sum(line.startswith(_ATOM_RECORDS) for line in lines)
+    if num_read != expected:
+      raise ValueError(f'{num_read} of {expected} atom records were understood')
   if not rows:
-    hint = 'it is not a PDB file'
-    if text.lstrip().startswith('data_'):
-      hint = 'it looks like mmCIF, so rename it to .cif'
     raise StructureFileError(f'{path}: no ATOM or HETATM records; {hint}')
   (
     chain_id,
+    chain_piece,
     residue_id,
     insertion_code,
     residue_name,
     atom_name,
     alternate,
     element,
+    padded_name,
     charge,
     occupancy,
+    b_factor,
     hetero,
+    listed,
     position,
     model_of_atom,
   ) = zip(*rows, strict=True)
-  columns = {
-    'chain_id': np.array(chain_id, dtype=str),
-    'entity_chain': np.full(len(rows), '', dtype=str),
-    'residue_id': np.array(residue_id, dtype=np.int32),
-    'insertion_code': np.array(insertion_code, dtype=str),
-    'residue_name': np.array(residue_name, dtype=str),
-    'atom_name': np.array(atom_name, dtype=str),
-    'alternate': np.array(alternate, dtype=str),
-    'element': np.array(element, dtype=str),
-    'charge': np.array(charge, dtype=np.int32),
-    'occupancy': np.array(occupancy, dtype=np.float64),
-    'hetero': np.array(hetero, dtype=bool),
-    'position': np.array(position, dtype=np.float64),
-  }
-  return columns, np.array(model_of_atom)
+  n_atom = len(rows)
+  table = AtomTable(
+    chain_id=np.array(chain_id, dtype=str),
+    chain_piece=np.array(chain_piece, dtype=np.int32),
+    entity_chain=np.full(n_atom, '', dtype=str),
+    residue_id=np.array(residue_id, dtype=np.int32),
+    insertion_code=np.array(insertion_code, dtype=str),
+    sequence_id=np.zeros(n_atom, dtype=np.int32),
+    in_sequence=np.array(listed, dtype=bool),
+    residue_name=np.array(residue_name, dtype=str),
+    atom_name=np.array(atom_name, dtype=str),
+    alternate=np.array(alternate, dtype=str),
+    element=_elements(element, residue_name, padded_name, hetero),
+    charge=np.array(charge, dtype=np.int32),
+    occupancy=np.array(occupancy, dtype=np.float64),
+    b_factor=np.array(b_factor, dtype=np.float64),
+    hetero=np.array(hetero, dtype=bool),
+    position=np.array(position, dtype=np.float64),
+  )
+  return table, np.array(model_of_atom)
 
 
-def _pdb_charge(field: str) -> int:
-  """Reads '2+' or '+2'; anything else counts as neutral."""
-  field = field.strip()
-  if len(field) == 2 and field[0] in '+-':
-    field = field[::-1]
-  if len(field) == 2 and field[0].isdigit() and field[1] in '+-':
-    return int(field[1] + field[0])
-  return 0
+def _pdb_frames(lines: list[str]) -> Iterator[tuple[int, list[str]]]:
+  """First line number and lines of what END records part."""
+  start = 0
+  for i, line in enumerate(lines):
+    if line.strip().upper() == 'END':
+      yield start + 1, lines[start:i]
+      start = i + 1
+  yield start + 1, lines[start:]
 
 
-def _float_or(field: str, default: float) -> float:
-  try:
-    return float(field)
-  except ValueError:
-    return default
+def _with_ter_before_copies(lines: Sequence[str]) -> Iterator[str]:
+  """The lines, and TER where a chain starts again without one.
+
+  gemmi takes the second of two equal residues for more of the first.
+  """
+  seen: dict[str, set[str]] = {}
+  last = ''
+  for line in lines:
+    if line.startswith('ATOM'):
+      chain, residue = line[20:22], line[17:27]
+      atoms = seen.setdefault(chain, set())
+      if line[12:27] in atoms and residue != last:
+        yield 'TER'
+        atoms.clear()
+      atoms.add(line[12:27])
+      last = residue
+    elif line.startswith(('TER', 'MODEL', 'ENDMDL')):
+      seen.clear()
+    yield line
 
 
-def _read_cif(
-  path: pathlib.Path, binary: bool
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
-  chemical_components.require_biotite()
-  from biotite.structure.io import pdbx
+def _sequences_of_pdb(text: str) -> dict[str, set[str]]:
+  """Chain name to the names of the residues in its SEQRES records."""
+  found: dict[str, set[str]] = {}
+  for line in re.findall(r'^SEQRES.*', text, re.MULTILINE):
+    found.setdefault(line[11:12].strip(), set()).update(line[19:70].split())
+  return found
 
-  data = _read_bytes(path)
-  try:
-    if binary:
-      file = pdbx.BinaryCIFFile.read(io.BytesIO(data))
+
+def _checked_pdb_line(path: pathlib.Path, number: int, line: str) -> str:
+  """An atom record as gemmi reads it right; other records as they are."""
+  record = line[:6].upper()
+  if not record.startswith(_ATOM_RECORDS):
+    return line
+  line = record + line[6:].ljust(74)
+  alias = chemical_components.long_residue_alias(line[17:21])
+  if alias is not None:  # Four letters, of which the last is no chain name.
+    line = f'{line[:17]}{alias:>3} {line[21:]}'
+  name = line[17:20].strip().upper()
+  for axis, begin in zip('xyz', (30, 38, 46), strict=True):
+    _number(path, f'line {number} ({axis})', line[begin : begin + 8], _FURTHEST)
+  for what, begin, most, default in (
+    ('occupancy', 54, _MAX_OCCUPANCY, '  1.00'),
+    ('B-factor', 60, _MAX_B_FACTOR, '  0.00'),
+  ):
+    field = line[begin : begin + 6].strip()
+    # What is no number at all is some program's note; nan and 1e9 are numbers
+    # gone wrong.
+    if re.fullmatch(_SOME_NUMBER, field, re.IGNORECASE):
+      _number(path, f'line {number} ({what})', field, most)
     else:
-      text = data.decode('utf-8', errors='replace')
-      file = pdbx.CIFFile.read(io.StringIO(text))
-    block = next((b for b in file.values() if 'atom_site' in b), None)
-    site = None if block is None else block['atom_site']
-    if site is None or not site.row_count:
+      line = line[:begin] + default + line[begin + 6 :]
+  if not re.fullmatch(_RESIDUE_NUMBER, line[22:26].strip()):
+    if not chemical_components.is_water(name):
       raise StructureFileError(
-        f'{path}: no atoms: the file has no atom_site category; give the '
-        'coordinate file, not structure factors or a component definition'
+        f'{path}: line {number}: residue number {line[22:26]!r} of {name}; '
+        'expected digits or hybrid-36'
       )
-    return _cif_columns(path, site)
-  except (StructureFileError, MemoryError):
-    raise
-  except Exception as error:  # The parser's errors are of many kinds.
-    kind = 'BinaryCIF' if binary else 'mmCIF'
+    line = f'{line[:22]}   0{line[26:]}'
+  charge = line[78:80]
+  if charge.strip() and not re.fullmatch(r'\d[+-]|[+-]\d', charge):
+    line = line[:78]  # A sequence number in files of the 1990s.
+  return line
+
+
+def _read_cif(path: pathlib.Path, data: bytes) -> tuple[AtomTable, np.ndarray]:
+  gemmi = _require_gemmi()
+  found = []
+  for block in gemmi.cif.read_string(_text(data)):
+    table = block.find_mmcif_category('_atom_site.')
+    if table.width():
+      found.append(
+        {
+          tag.rpartition('.')[2].lower(): [
+            None if gemmi.cif.is_null(value) else gemmi.cif.as_string(value)
+            for value in table.column(i)
+          ]
+          for i, tag in enumerate(table.tags)
+        }
+      )
+  return _from_columns(path, found)
+
+
+def _read_binary_cif(
+  path: pathlib.Path, data: bytes
+) -> tuple[AtomTable, np.ndarray]:
+  found = binary_cif.tables(data, '_atom_site', _MAX_ATOMS)
+  return _from_columns(
+    path, [{k.lower(): v for k, v in table.items()} for table in found]
+  )
+
+
+def _from_columns(
+  path: pathlib.Path, found: list[dict[str, list[str | None]]]
+) -> tuple[AtomTable, np.ndarray]:
+  """The first table with rows, from columns of text."""
+  site = next((table for table in found if any(table.values())), {})
+  if not site:
     raise StructureFileError(
-      f'{path}: not a readable {kind} file ({type(error).__name__}: {error}); '
-      'check that it is complete and has the right suffix'
-    ) from error
+      f'{path}: no atoms: the file has no atom_site category; give the '
+      'coordinate file, not structure factors or a component definition'
+    )
+  n_atom = max(map(len, site.values()))
+  nothing: list[str | None] = [None] * n_atom
 
-
-def _cif_columns(
-  path: pathlib.Path, site
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
-  n_atom = site.row_count
-
-  def text(*names: str, default: str = '') -> np.ndarray:
+  def texts(*names: str, default: str = '') -> list[str]:
     """The first column that exists, missing values filled by the next."""
-    result = np.full(n_atom, default, dtype='U1').astype(object)
-    for name in reversed(names):
-      if name in site:
-        values = site[name].as_array(str)
-        known = ~np.isin(values, _NO_VALUE)
-        result[known] = values[known]
-    return result.astype(str)
+    columns = [site.get(name, nothing) for name in names]
+    values = [
+      next((v for v in row if v), default) for row in zip(*columns, strict=True)
+    ]
+    longest = max(values, key=len)
+    if len(longest) > _LONGEST_NAME:
+      raise StructureFileError(
+        f'{path}: column {names[0]}: expected at most {_LONGEST_NAME} '
+        f'characters, got {len(longest):,} ({longest[:40]!r}...)'
+      )
+    return values
 
-  def number(values: np.ndarray, kind: type, default: float) -> np.ndarray:
-    missing = np.isin(values, _NO_VALUE)
-    result = np.full(n_atom, default, dtype=kind)
-    result[~missing] = values[~missing].astype(np.float64).astype(kind)
+  def numbers(*names: str, most: float, default: float) -> np.ndarray:
+    columns = [site.get(name, nothing) for name in names]
+    result = np.full(n_atom, default, np.float64)
+    for i, row in enumerate(zip(*columns, strict=True)):
+      value = next((v for v in row if v is not None), None)
+      if value is not None:
+        result[i] = _number(path, f'row {i + 1}, {names[0]}', value, most)
     return result
 
-  def coordinate(name: str) -> np.ndarray:
-    if name not in site:
+  def integers(*names: str, default: int) -> np.ndarray:
+    values = numbers(*names, most=2**31 - 1, default=default)
+    broken = np.flatnonzero(values != np.rint(values))
+    if broken.size:
       raise StructureFileError(
-        f'{path}: atom_site has no {name} column; the file has no coordinates'
+        f'{path}: row {broken[0] + 1}, {names[0]}: expected an integer, got '
+        f'{values[broken[0]]}'
       )
-    return site[name].as_array(np.float64, np.nan)
+    return values.astype(np.int32)
 
-  names = text('label_atom_id', 'auth_atom_id')
-  residue_name = np.char.upper(text('label_comp_id', 'auth_comp_id'))
-  hetero = text('group_PDB', default='ATOM') == 'HETATM'
-  element = np.char.upper(text('type_symbol'))
-  for i in np.flatnonzero(np.isin(element, ('', 'X'))):
-    element[i] = chemical_components.infer_element(
-      str(residue_name[i]), f' {names[i]}', bool(hetero[i])
+  for axis in 'xyz':
+    if f'cartn_{axis}' not in site:
+      raise StructureFileError(
+        f'{path}: atom_site has no Cartn_{axis} column; the file has no '
+        'coordinates'
+      )
+  atom_name = [name.upper() for name in texts('label_atom_id', 'auth_atom_id')]
+  residue_name = [
+    name.upper() for name in texts('label_comp_id', 'auth_comp_id')
+  ]
+  hetero = [
+    group.upper() == 'HETATM' for group in texts('group_pdb', default='ATOM')
+  ]
+  padded = [f' {name}' for name in atom_name]
+  sequence_id = integers('label_seq_id', default=0)
+  table = AtomTable(
+    chain_id=np.array(texts('auth_asym_id', 'label_asym_id')),
+    chain_piece=np.zeros(n_atom, np.int32),
+    entity_chain=np.array(texts('label_asym_id')),
+    residue_id=integers('auth_seq_id', 'label_seq_id', default=-1),
+    insertion_code=np.array(texts('pdbx_pdb_ins_code')),
+    sequence_id=sequence_id,
+    in_sequence=sequence_id > 0,
+    residue_name=np.array(residue_name),
+    atom_name=np.array(atom_name),
+    alternate=np.array(texts('label_alt_id')),
+    element=_elements(
+      [e.upper() for e in texts('type_symbol')], residue_name, padded, hetero
+    ),
+    charge=integers('pdbx_formal_charge', default=0),
+    occupancy=numbers('occupancy', most=_MAX_OCCUPANCY, default=1.0),
+    b_factor=numbers('b_iso_or_equiv', most=_MAX_B_FACTOR, default=0.0),
+    hetero=np.array(hetero),
+    position=np.stack(
+      [
+        numbers(f'cartn_{axis}', most=_FURTHEST, default=np.nan)
+        for axis in 'xyz'
+      ],
+      axis=-1,
+    ),
+  )
+  return table, np.array(texts('pdbx_pdb_model_num', default='1'))
+
+
+def _elements(
+  elements: Sequence[str],
+  residue_names: Sequence[str],
+  padded_names: Sequence[str],
+  hetero: Sequence[bool],
+) -> np.ndarray:
+  """Upper-case symbols, inferred from the atom's name where there is none."""
+  known = {*chemical_components.ATOMIC_NUMBERS, *chemical_components.HYDROGENS}
+  return np.array(
+    [
+      element
+      if element in known
+      else chemical_components.infer_element(residue, name, het)
+      for element, residue, name, het in zip(
+        elements, residue_names, padded_names, hetero, strict=True
+      )
+    ]
+  )
+
+
+def _number(path: pathlib.Path, where: str, text: str, most: float) -> float:
+  """A finite number of at most `most`, perhaps with an error in brackets."""
+  try:
+    value = float(re.sub(r'\(\d+\)$', '', text.strip()))
+  except ValueError:
+    value = float('nan')
+  if not abs(value) <= most:
+    raise StructureFileError(
+      f'{path}: {where}: expected a number of at most {most:g}, got '
+      f'{text.strip()[:40]!r}'
     )
-  occupancy = np.ones(n_atom)
-  if 'occupancy' in site:
-    occupancy = site['occupancy'].as_array(np.float64, 1.0)
-  columns = {
-    'chain_id': text('auth_asym_id', 'label_asym_id'),
-    'entity_chain': text('label_asym_id'),
-    'residue_id': number(text('auth_seq_id', 'label_seq_id'), np.int32, -1),
-    'insertion_code': text('pdbx_PDB_ins_code'),
-    'residue_name': residue_name,
-    'atom_name': names,
-    'alternate': text('label_alt_id'),
-    'element': element,
-    'charge': number(text('pdbx_formal_charge'), np.int32, 0),
-    'occupancy': occupancy,
-    'hetero': hetero,
-    'position': np.stack([coordinate(f'Cartn_{x}') for x in 'xyz'], axis=-1),
-  }
-  return columns, text('pdbx_PDB_model_num', default='1')
+  return value
 
 
 def _mol_blocks(text: str) -> Iterator[str]:

@@ -7,11 +7,13 @@ coordinates. It keeps everything else, in the order of the file:
     (ties: the first in the file); labels that share no atom with it are not
     alternatives to it and stay. Residues with two names (microheterogeneity)
     keep the name with the highest mean occupancy.
-  * Chains carry the author's names. A chain name that occurs again with the
-    same residues (symmetric copies in one model) becomes a chain of its own:
-    'A', 'A:2', 'A:3'.
-  * MSE is MET, and names of protonation states (HIE, CYX, ...) are the amino
-    acid, if the atoms are those of the amino acid.
+  * Chains carry the author's names. A name that returns behind a TER record,
+    or with the same residues (symmetric copies in one model), is a chain of
+    its own: 'A', 'A:2', 'A:3'. Ligands behind the TER of their chain stay in
+    it.
+  * MSE is MET, and names that simulation packages give to amino acids and
+    nucleotides (HIE, CYX, NGLY, DA5, ADE, ...) are the standard residue, if the
+    atoms are those of it.
   * A ligand SDF adds one chain per record: 'L1', 'L2', ... A record that lies
     on a ligand already in the structure file only adds its bonds.
 
@@ -42,13 +44,11 @@ NUCLEIC = 'nucleic'
 MODIFIED = 'modified'
 LIGAND = 'ligand'
 
-# SOL, SPC and TP3 are other components in the CCD; water models of simulation
-# packages are recognised by the name of their oxygen.
-_WATERS = ('HOH', 'DOD', 'H2O', 'WAT', 'TIP', 'TIP3', 'TIP4', 'TIP5')
-_WATER_MODELS = ('SOL', 'SPC', 'TP3')
 _MAX_PEPTIDE_BOND = 2.0
 _MAX_PHOSPHODIESTER_BOND = 2.2
 _SAME_ATOM_DISTANCE = 0.1
+# Residues: a longer jump of the numbers is another numbering, not a gap.
+_LONGEST_GAP = 200
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -77,6 +77,11 @@ class Structure:
     occupancy: [n_atom] float32.
     position: [n_atom, 3] float64, angstrom.
     mol_blocks: residue index -> MDL mol block, for ligands from an SDF.
+    sequence_index: [n_residue] int32, position along the chain's sequence,
+      from 1: mmCIF's `label_seq_id`, else counted, with gaps where residues
+      are missing. Ligands count from 1 each. None: counted.
+    b_factor: [n_atom] float32, square angstrom; 0 where the file has none, and
+      None is zeros.
     model: 1-based position of the model in the file.
     n_models: number of models in the file.
   """
@@ -96,8 +101,24 @@ class Structure:
   occupancy: np.ndarray
   position: np.ndarray
   mol_blocks: Mapping[int, str]
+  sequence_index: np.ndarray = None  # ty: ignore[invalid-assignment]
+  b_factor: np.ndarray = None  # ty: ignore[invalid-assignment]
   model: int = 1
   n_models: int = 1
+
+  def __post_init__(self) -> None:
+    # Structures that are made by hand need not say these two.
+    if self.sequence_index is None:
+      index = _sequence_index(
+        np.zeros(self.n_residue, np.int32),
+        self.residue_id,
+        self.residue_chain,
+        self.residue_kind,
+      )
+      object.__setattr__(self, 'sequence_index', index)
+    if self.b_factor is None:
+      zeros = np.zeros(self.n_atom, np.float32)
+      object.__setattr__(self, 'b_factor', zeros)
 
   @property
   def n_residue(self) -> int:
@@ -172,12 +193,12 @@ def load_structure(
       f'{path}: no atoms left after removing waters and hydrogens; give a '
       'file with a macromolecule or a ligand'
     )
-  atom_residue, copies = residue_grouping.group_residues(table)
+  atom_residue, residue_copy = residue_grouping.group_residues(table)
   order = np.argsort(atom_residue, kind='stable')
   table, atom_residue = table.take(order), atom_residue[order]
   keep = residue_grouping.select_alternates(table, atom_residue)
   table, atom_residue = table.take(keep), atom_residue[keep]
-  structure = _build(path, table, atom_residue, copies, model, n_models)
+  structure = _build(path, table, atom_residue, residue_copy, model, n_models)
   if ligand is None:
     return structure
   paths = [ligand] if isinstance(ligand, str | os.PathLike) else list(ligand)
@@ -232,8 +253,8 @@ def ligand_smiles(structure: Structure) -> tuple[LigandSmiles, ...]:
 
 
 def _keep_atoms(table: structure_files.AtomTable) -> np.ndarray:
-  water = np.isin(table.residue_name, _WATERS)
-  model = np.isin(table.residue_name, _WATER_MODELS)
+  water = np.isin(table.residue_name, list(chemical_components.WATERS))
+  model = np.isin(table.residue_name, list(chemical_components.WATER_MODELS))
   water |= model & np.isin(
     table.atom_name, ('OW', 'OH2', 'HW1', 'HW2', 'MW', 'H1', 'H2')
   )
@@ -245,17 +266,17 @@ def _build(
   path: pathlib.Path,
   table: structure_files.AtomTable,
   atom_residue: np.ndarray,
-  copies: np.ndarray,
+  residue_copy: np.ndarray,
   model: int,
   n_models: int,
 ) -> Structure:
   """Orders chains, names components, classifies residues."""
-  n_residue = len(copies)
+  n_residue = len(residue_copy)
   first = np.searchsorted(atom_residue, np.arange(n_residue))
   chain_of_residue = [
     chain if not copy else f'{chain}:{copy + 1}'
     for chain, copy in zip(
-      table.chain_id[first].tolist(), copies.tolist(), strict=True
+      table.chain_id[first].tolist(), residue_copy.tolist(), strict=True
     )
   ]
   chain_ids = tuple(dict.fromkeys(chain_of_residue))
@@ -306,6 +327,12 @@ def _build(
     component_name=component_name,
     residue_id=table.residue_id[first],
     insertion_code=table.insertion_code[first],
+    sequence_index=_sequence_index(
+      table.sequence_id[first],
+      table.residue_id[first],
+      residue_chain,
+      residue_kind,
+    ),
     residue_chain=residue_chain,
     residue_kind=residue_kind,
     atom_residue=atom_residue[keep].astype(np.int32),
@@ -313,11 +340,34 @@ def _build(
     element=table.element[keep],
     charge=table.charge[keep],
     occupancy=table.occupancy[keep].astype(np.float32),
+    b_factor=table.b_factor[keep].astype(np.float32),
     position=table.position[keep],
     mol_blocks=types.MappingProxyType({}),
     model=model,
     n_models=n_models,
   )
+
+
+def _sequence_index(
+  sequence_id: np.ndarray,
+  residue_id: np.ndarray,
+  residue_chain: np.ndarray,
+  residue_kind: np.ndarray,
+) -> np.ndarray:
+  """[n_residue] position along the sequence; see `Structure`."""
+  index = np.ones(len(sequence_id), np.int32)
+  polymer = residue_kind != LIGAND
+  for chain in np.unique(residue_chain[polymer]).tolist():
+    rows = np.flatnonzero(polymer & (residue_chain == chain))
+    if (sequence_id[rows] > 0).all():
+      index[rows] = sequence_id[rows]
+      continue
+    # Numbers that jump forward leave out residues; those that repeat (with
+    # insertion codes) or go back do not.
+    jumps = np.diff(residue_id[rows])
+    steps = np.where((jumps > 1) & (jumps <= _LONGEST_GAP), jumps, 1)
+    index[rows[1:]] = 1 + np.cumsum(steps)
+  return index
 
 
 def _classify(
@@ -353,31 +403,48 @@ def _classify(
     linked[before[bonded]] = True
     linked[after[bonded]] = True
 
+  # In mmCIF and SEQRES the file itself says what belongs to a sequence. Some
+  # programs number ligands there, too, which no component of a polymer is.
+  listed = table.in_sequence[first]
+  # A modified residue between gaps has no bonds, but residues of its chain
+  # before and behind it.
+  is_standard = ~table.hetero[first]
+  inside = np.zeros(n_residue, dtype=bool)
+  for chain in np.unique(residue_chain).tolist():
+    rows = np.flatnonzero(residue_chain == chain)
+    standard = np.flatnonzero(is_standard[rows])
+    if standard.size:
+      inside[rows[standard[0] : standard[-1] + 1]] = True
+  backbone = np.isfinite(locate('CA')[:, 0]) | np.isfinite(locate("C1'")[:, 0])
+
   kinds = []
   amino_acids = {*chemical_components.AMINO_ACIDS, 'UNK'}
   nucleotides = set(chemical_components.NUCLEOTIDES)
-  for name, file_name, hetero, bonded in zip(
-    component_name.tolist(),
-    table.residue_name[first].tolist(),
-    table.hetero[first].tolist(),
-    linked.tolist(),
-    strict=True,
-  ):
-    in_polymer = bonded or not hetero
-    if name in amino_acids and (in_polymer or file_name == 'MSE'):
+  for i, name in enumerate(component_name.tolist()):
+    hetero = not is_standard[i]
+    component = chemical_components.find_component(name)
+    linking = component is not None and any(
+      part in component.kind
+      for part in ('PEPTIDE LINKING', 'DNA LINKING', 'RNA LINKING')
+    )
+    in_polymer = (
+      linked[i]
+      or not hetero
+      or (
+        (listed[i] or (inside[i] and backbone[i]))
+        and (linking or name == 'UNK')
+      )
+    )
+    if name in amino_acids and (
+      in_polymer or table.residue_name[first[i]] == 'MSE'
+    ):
       kinds.append(PROTEIN)
     elif name in nucleotides and in_polymer:
       kinds.append(NUCLEIC)
-    elif bonded:
+    elif linked[i] or (in_polymer and linking):
       kinds.append(MODIFIED)
     else:
-      # Beside a gap there is no bond to see; the record type decides.
-      component = chemical_components.find_component(name)
-      polymer = component is not None and any(
-        part in component.kind
-        for part in ('PEPTIDE LINKING', 'DNA LINKING', 'RNA LINKING')
-      )
-      kinds.append(MODIFIED if polymer and not hetero else LIGAND)
+      kinds.append(LIGAND)
   return np.array(kinds)
 
 
@@ -431,6 +498,7 @@ def _add_molecule(
     component_name=append(structure.component_name, [component_name]),
     residue_id=append(structure.residue_id, np.array([1], np.int32)),
     insertion_code=append(structure.insertion_code, ['']),
+    sequence_index=append(structure.sequence_index, np.array([1], np.int32)),
     residue_chain=append(
       structure.residue_chain, np.array([len(structure.chain_ids)], np.int32)
     ),
@@ -442,6 +510,7 @@ def _add_molecule(
     element=append(structure.element, molecule.elements),
     charge=append(structure.charge, molecule.charges),
     occupancy=append(structure.occupancy, np.ones(n_atom, np.float32)),
+    b_factor=append(structure.b_factor, np.zeros(n_atom, np.float32)),
     position=append(structure.position, molecule.position),
     mol_blocks=types.MappingProxyType(blocks),
   )

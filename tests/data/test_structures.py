@@ -104,7 +104,8 @@ def test_insertion_codes_and_negative_numbers_are_separate_residues(pdb, write):
   assert structure.residue_label(3) == 'A:THR52A'
   features = data.featurise(structure)
   assert features.metadata.sequences[0].sequence == 'ASGTV'
-  assert features.tokens.residue_index.tolist() == [-1, 0, 52, 52, 52]
+  assert features.tokens.author_index.tolist() == [-1, 0, 52, 52, 52]
+  assert features.tokens.residue_index.tolist() == [1, 2, 54, 55, 56]
   assert features.tokens.residue_uid.tolist() == [0, 1, 2, 3, 4]
 
 

@@ -550,7 +550,7 @@ def check_noise_level(noise_level: Any) -> None:
   """
   checks.check_shapes(noise_level=(noise_level, ''))
   checks.check_dtypes('floating', noise_level=noise_level)
-  if checks.is_concrete(noise_level) and not noise_level > 0:
+  if checks.is_concrete(noise_level) and not np.asarray(noise_level) > 0:
     raise ValueError(
       f'noise_level: expected a positive number of angstrom, got {noise_level}'
     )

@@ -449,6 +449,20 @@ def test_sampling_is_differentiable_in_the_embeddings(params):
   assert abs(slope - difference / (2 * step)) < 1e-5 * abs(slope)
 
 
+def test_known_noise_level_is_checked_under_jit_too(params):
+  batch = make_batch([2, 4, 1])
+  positions, embeddings = make_inputs(batch)
+  for level in (jnp.float32(3), jnp.float32(-3)):
+    run = functools.partial(
+      published, params, batch, embeddings, noise_level=level
+    )
+    if level > 0:
+      assert jax.eval_shape(run, positions).shape == positions.shape
+    else:
+      with pytest.raises(ValueError, match='noise_level: expected a positive'):
+        jax.eval_shape(run, positions)
+
+
 def test_bad_input_is_one_clear_error(params):
   batch = make_batch([2, 4, 1])
   positions, embeddings = make_inputs(batch)

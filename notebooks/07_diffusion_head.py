@@ -264,7 +264,7 @@ embeddings = sa.alphafold3.TrunkEmbeddings(
 )
 params = init(jax.random.key(1), ligand, embeddings)
 loss_config = diffusion.LossConfig()
-copies, n_step = 8, 600
+copies, n_step = 4, 300
 is_ligand = jnp.ones(mask.size, bool)
 optimiser = optax.adam(
   optax.warmup_cosine_decay_schedule(0.0, 2e-3, 50, n_step)
@@ -367,7 +367,7 @@ plt.show()
 print('error of distances of the samples:', final.round(2), 'angstrom')
 
 # %% [markdown]
-# The samples have the distances of the one pose that the head was fitted to;
-# mirror images have them, too. For anything else it takes a trunk and the
-# published parameters: `structattn convert model.bin.zst head.npz --part
-# diffusion_head` makes them ready for the functions above.
+# How near the samples come to the one pose that the head was fitted to is printed
+# above; distances do not tell mirror images apart. For anything else it takes a
+# trunk and the published parameters: `structattn convert model.bin.zst head.npz
+# --part diffusion_head` makes them ready for the functions above.

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from structattn_jax.data.alphafold3 import (
   alphafold3_batch,
+  alphafold3_head_batch,
   alphafold3_windows,
   featurise_alphafold3,
 )
@@ -93,6 +94,7 @@ __all__ = (
   'StructureFileError',
   'TokenFeatures',
   'alphafold3_batch',
+  'alphafold3_head_batch',
   'alphafold3_windows',
   'atom_order',
   'boltz_atom_features',

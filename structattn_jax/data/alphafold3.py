@@ -3,6 +3,7 @@
   features = data.featurise_alphafold3(structure, seed=0)
   plan, ref = data.alphafold3_windows(features)   # flat atoms in windows
   batch = data.alphafold3_batch(features)         # upstream's dense layout
+  batch = data.alphafold3_head_batch(path, seed=0)  # for the diffusion head
 
 Mirrors alphafold3 `model/features.py` (`tokenizer`, `get_reference`,
 `RefStructure`) and `model/atom_layout/atom_layout.py`
@@ -32,23 +33,36 @@ Units: positions in angstrom, charges in elementary charges.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from structattn_jax.data import (
+  buckets,
   chemical_components,
   conformers,
   features,
   structures,
 )
 from structattn_jax.data.feature_types import ComplexFeatures
-from structattn_jax.network.alphafold3 import atom_layout, window_plan
+from structattn_jax.network.alphafold3 import (
+  atom_layout,
+  diffusion_head,
+  window_plan,
+)
 
 _N_NAME_CHARS = 4
 # Angstrom; glycosidic bonds are shorter, contacts longer.
 _MAX_BOND = 1.9
+_TOKEN_IDS = (
+  'token_index',
+  'residue_index',
+  'asym_id',
+  'entity_id',
+  'sym_id',
+)
 _REFERENCE = (
   'ref_pos',
   'ref_mask',
@@ -240,6 +254,55 @@ def alphafold3_batch(
     'pred_dense_atom_mask': mask,
     **gathers.to_batch(),
   }
+
+
+def alphafold3_head_batch(
+  structure: structures.Structure | str | os.PathLike[str],
+  *,
+  seed: int,
+  ligand: str | os.PathLike[str] | None = None,
+  n_token: int | None = None,
+  **options: Any,
+) -> diffusion_head.DiffusionHeadBatch:
+  """From a structure file to the batch of AF3's diffusion head.
+
+    batch = data.alphafold3_head_batch(data.example('1s3v').structure, seed=0)
+
+  Args:
+    structure: a loaded structure, or the path of a file for `load_structure`.
+    seed: of the conformers; see `featurise_alphafold3`.
+    ligand: path of an SDF file, for `load_structure`; only with a path.
+    n_token: padded number of tokens; None: no padding.
+    **options: of `featurise_alphafold3`.
+
+  Returns:
+    The batch, NumPy arrays.
+
+  Raises:
+    ValueError: as `featurise_alphafold3`, if `n_token` is too small, or on a
+      ligand with a loaded structure.
+    StructureFileError: as `load_structure` and `featurise_alphafold3`.
+    ImportError: as `featurise_alphafold3`.
+  """
+  if not isinstance(structure, structures.Structure):
+    structure = structures.load_structure(structure, ligand=ligand)
+  elif ligand is not None:
+    raise ValueError('ligand: expected None with a loaded structure')
+  complex_features = featurise_alphafold3(structure, seed=seed, **options)
+  if n_token is not None:
+    complex_features = buckets.pad_features(complex_features, n_token=n_token)
+  tokens = complex_features.tokens
+  return diffusion_head.DiffusionHeadBatch.from_batch(
+    {
+      **alphafold3_batch(complex_features),
+      'seq_mask': np.asarray(tokens.mask),
+      # Padding is zero everywhere.
+      **{
+        name: np.where(tokens.mask, getattr(tokens, name), 0).astype(np.int32)
+        for name in _TOKEN_IDS
+      },
+    }
+  )
 
 
 def _list_atoms(

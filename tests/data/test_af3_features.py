@@ -626,3 +626,37 @@ def test_bond_of_a_sugar_is_found_among_many_atoms(pdb, write):
   chars = features.atoms.ref_atom_name_chars
   o1 = (chars == [ord('O') - 32, ord('1') - 32, 0, 0]).all(axis=1)
   assert features.atoms.ref_space_uid[o1].tolist() == [400]
+
+
+def test_structure_file_becomes_the_batch_of_the_diffusion_head():
+  files = data.example('1s3v')
+  batch = data.alphafold3_head_batch(
+    files.structure, ligand=files.ligand, n_token=256, **FIXED
+  )
+  structure = data.load_structure(files.structure, ligand=files.ligand)
+  tokens = data.featurise_alphafold3(structure, **FIXED).tokens
+  n_real = len(tokens.mask)
+  ids = batch.tokens
+  assert ids.mask.shape == (256,)
+  np.testing.assert_array_equal(np.flatnonzero(ids.mask), np.arange(n_real))
+  np.testing.assert_array_equal(ids.token_index[:n_real], 1 + np.arange(n_real))
+  for name in (
+    'token_index',
+    'residue_index',
+    'asym_id',
+    'entity_id',
+    'sym_id',
+  ):
+    own = getattr(ids, name)
+    assert own.dtype == np.int32
+    assert own[:n_real].min() == 1
+    assert not own[n_real:].any()
+  # Atoms of the ligand share a residue and are a chain and an entity.
+  ligand = np.flatnonzero(tokens.is_ligand)
+  assert len(set(ids.residue_index[ligand])) == 1
+  assert not set(ids.asym_id[ligand]) & set(ids.asym_id[: ligand[0]])
+  mask = batch.atoms.pred_dense_atom_mask
+  assert mask[:n_real].any(1).all()
+  assert not mask[n_real:].any()
+  with pytest.raises(ValueError, match='ligand: expected None'):
+    data.alphafold3_head_batch(structure, ligand=files.ligand, **FIXED)

@@ -34,16 +34,6 @@ def cast_like(tree: Any, like: Any) -> Any:
   )
 
 
-def per_row(parameter: Any, x: jax.Array) -> jax.Array:
-  """[..., c] with leading axes of 1, as many axes as `x` has.
-
-  For the sums and products that `jax_numpy_rank_promotion='raise'` wants to be
-  spelled out.
-  """
-  parameter = jnp.asarray(parameter)
-  return parameter.reshape((1,) * (x.ndim - parameter.ndim) + parameter.shape)
-
-
 def masked_softmax(
   logits: jax.Array, mask: jax.Array | None = None, axis: Axis = -1
 ) -> jax.Array:

@@ -40,9 +40,7 @@ def linear(
   y = jnp.tensordot(
     x, own['weights'].astype(x.dtype), axes=1, precision=precision
   )
-  if 'bias' in own:
-    y += numerics.per_row(own['bias'].astype(x.dtype), y)
-  return y
+  return y + own['bias'].astype(x.dtype) if 'bias' in own else y
 
 
 def layer_norm(params: Params, name: str, x: jax.Array) -> jax.Array:
@@ -61,11 +59,8 @@ def layer_norm(params: Params, name: str, x: jax.Array) -> jax.Array:
   """
   own = pm.module(params, name)
   _check_channels(x, own['scale'].shape[0], name)
-  y = numerics.layer_norm(numerics.at_least_float32(x))
-  y *= numerics.per_row(own['scale'], y)
-  if 'offset' in own:
-    y += numerics.per_row(own['offset'], y)
-  return y.astype(x.dtype)
+  y = numerics.layer_norm(numerics.at_least_float32(x)) * own['scale']
+  return (y + own['offset'] if 'offset' in own else y).astype(x.dtype)
 
 
 @jax.custom_vjp

@@ -107,7 +107,7 @@ class Linear(hk.Module):
     )
     if self.use_bias:
       bias = hk.get_parameter('bias', self.output_shape, dtype, jnp.zeros)
-      y += numerics.per_row(bias.astype(x.dtype), y)
+      y += bias.astype(x.dtype)
     return y
 
 
@@ -136,9 +136,9 @@ class LayerNorm(hk.Module):
     scale, offset = self.parameters(x)
     y = numerics.layer_norm(numerics.at_least_float32(x))
     if scale is not None:
-      y *= numerics.per_row(scale, y)
+      y *= scale
     if offset is not None:
-      y += numerics.per_row(offset, y)
+      y += offset
     return y.astype(x.dtype)
 
   @hk.name_like('__call__')

@@ -78,9 +78,7 @@ def _embed_window(
     return jnp.asarray(table).at[index].get(mode='fill', fill_value=0)
 
   act = jnp.dot(position, weights['pos'], precision='highest')
-  of_charge = numerics.per_row(weights['charge'], act)
-  act += numerics.per_row(weights['mask'], act)
-  act += jnp.arcsinh(charge)[..., None] * of_charge
+  act += weights['mask'] + jnp.arcsinh(charge)[..., None] * weights['charge']
   act += lookup(weights['element'], element)
   n_char = chars.shape[-1]
   names = weights['atom_name'].reshape(n_char, -1, act.shape[-1])

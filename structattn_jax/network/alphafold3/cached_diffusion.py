@@ -337,10 +337,8 @@ def _pair_cond_rows(
   of_residue, of_token, of_entity, of_copy = tables
   x = jnp.dot(centred.astype(pair.dtype), of_pair, precision='highest')
   x += of_residue[bins[..., 0]] + of_token[bins[..., 1]]
-  x += of_copy[bins[..., 2]] + jnp.where(
-    same_entity[..., None], numerics.per_row(of_entity, x), 0
-  )
-  x -= mean * numerics.per_row(sum(jnp.sum(t, 0) for t in tables), x)
+  x += of_copy[bins[..., 2]] + jnp.where(same_entity[..., None], of_entity, 0)
+  x -= mean * sum(jnp.sum(table, 0) for table in tables)
   x = (x * jax.lax.rsqrt(squares / total + 1e-5)).astype(pair.dtype)
   return dh.transitions(weights['transitions'], 'pair_transition', x)
 

@@ -384,9 +384,7 @@ def _embed_atoms(
       )
     ]
     c += _to_atoms(sum(tokens[1:], tokens[0]), features.atom_to_token)
-  if 'bias' in own:
-    c += numerics.per_row(own['bias'].astype(c.dtype), c)
-  return c
+  return c + own['bias'].astype(c.dtype) if 'bias' in own else c
 
 
 def _biases(

@@ -122,8 +122,7 @@ class TokenAttentionPool(hk.Module):
       slots.mask[:, None, :, None] & slots.mask[:, None, None, :],
     )
     count = jnp.maximum(jnp.sum(slots.mask, -1), 1)[:, None, None]
-    # [t, h, j], mean over queries.
-    weights = jnp.sum(attention, -2) / count.astype(attention.dtype)
+    weights = jnp.sum(attention, -2) / count  # [t, h, j], mean over queries
     pooled = jnp.einsum(
       'thj,tjc->thc', weights.astype(x.dtype), segment.take_slots(x, slots)
     )

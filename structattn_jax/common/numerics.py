@@ -1,5 +1,7 @@
 """Softmax, norms and layer norm that stay finite and at least float32."""
 
+import contextlib
+from collections.abc import Generator
 from typing import Any
 
 import jax
@@ -32,6 +34,13 @@ def cast_like(tree: Any, like: Any) -> Any:
     tree,
     like,
   )
+
+
+@contextlib.contextmanager
+def standard_promotion() -> Generator[None]:
+  """JAX's standard promotion of ranks and dtypes, whatever the caller's."""
+  with jax.numpy_rank_promotion('allow'), jax.numpy_dtype_promotion('standard'):
+    yield
 
 
 def masked_softmax(

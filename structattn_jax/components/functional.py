@@ -88,6 +88,7 @@ def _normalise_forward(x: jax.Array) -> tuple[jax.Array, Any]:
   return y, (y, scale)
 
 
+@numerics.standard_promotion()
 def _normalise_backward(kept: Any, gradient: jax.Array) -> tuple[jax.Array]:
   y, scale = kept
   wide, d = numerics.at_least_float32(y), numerics.at_least_float32(gradient)

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from structattn_jax.common import numerics
+
 # fn(weights, taken, floats, constants) of one chunk.
 ChunkFunction = Callable[[Any, Any, Any, Any], Any]
 
@@ -80,6 +82,7 @@ def _forward(fn, chunk, window, weights, table, index, floats, constants):
   return _join(out), (weights, table, index, floats, constants)
 
 
+@numerics.standard_promotion()
 def _backward(fn, chunk, window, residuals, gradient):
   weights, table, index, floats, constants = residuals
 

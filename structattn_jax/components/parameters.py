@@ -6,13 +6,15 @@ parameter tree {module: {name: array}}. Its table says which parameters there
 are; Haiku modules and `init_parameters` make them from it.
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import haiku as hk
 import jax
 import jax.numpy as jnp
 
+from structattn_jax.common import numerics
 from structattn_jax.components import haiku_modules as hm
 
 Params = Mapping[str, Mapping[str, jax.Array]]
@@ -140,6 +142,64 @@ def init_parameters(
   """Initial values of all parameters of a table."""
   params: Any = hk.transform(lambda: haiku_parameters(table, dtype)).init(key)
   return params
+
+
+def transform(forward: Callable[..., Any]) -> hk.Transformed:
+  """`init` and `apply` of a Haiku function without random numbers.
+
+  One rule for dtypes: the result has the dtype of the activations. Parameters
+  of any floating dtype are cast to what the computation is in, float64 if an
+  input is, else float32, and their gradients come back in their own.
+
+  Args:
+    forward: called below `hk.transform`.
+
+  Returns:
+    `init(key, ...)` and `apply(params, ...)`; the latter raises a TypeError for
+    parameters or inputs in float16, whose range norms and logits leave.
+  """
+  inner = hk.without_apply_rng(hk.transform(forward))
+  return hk.Transformed(
+    numerics.standard_promotion()(inner.init), with_cast_parameters(inner.apply)
+  )
+
+
+def with_cast_parameters(function: Callable[..., Any]) -> Callable[..., Any]:
+  """`function(params, ...)` under the rule of `transform`."""
+
+  @functools.wraps(function)
+  def wrapped(params: Params, /, *args: Any, **kwargs: Any) -> Any:
+    with numerics.standard_promotion():
+      inputs = [
+        x.dtype for x in jax.tree.leaves((args, kwargs)) if _is_float(x)
+      ]
+      if any(dtype == jnp.float16 for dtype in inputs):
+        raise TypeError('inputs: expected float32 or bfloat16, got float16')
+      wide = jnp.float64 if jnp.float64 in inputs else jnp.float32
+      return function(
+        jax.tree_util.tree_map_with_path(
+          lambda path, x: _cast(path, x, wide), params
+        ),
+        *args,
+        **kwargs,
+      )
+
+  return wrapped
+
+
+def _cast(path: Any, x: Any, dtype: Any) -> Any:
+  if not _is_float(x):
+    return x
+  if x.dtype == jnp.float16:
+    name = '//'.join(str(getattr(key, 'key', key)) for key in path)
+    raise TypeError(
+      f'params: expected float32, float64 or bfloat16, got float16 in {name}'
+    )
+  return x if x.dtype == dtype else jnp.asarray(x).astype(dtype)
+
+
+def _is_float(x: Any) -> bool:
+  return hasattr(x, 'dtype') and jnp.issubdtype(x.dtype, jnp.floating)
 
 
 def below(params: Params, scope: str) -> dict[str, Mapping[str, jax.Array]]:

@@ -83,6 +83,7 @@ def _forward(chunk, q, k, v, bias, key_start) -> tuple[jax.Array, Any]:
   return out, (q, k, v, bias, key_start)
 
 
+@numerics.standard_promotion()
 def _backward(chunk, residuals, gradient) -> tuple[Any, ...]:
   q, k, v, bias, key_start = residuals
   n_window = bias.shape[0]

@@ -220,6 +220,7 @@ def _blocked_forward(
   return results, (rows, context, results, log_total)
 
 
+@numerics.standard_promotion()
 def _blocked_backward(
   blocks: Blocks, residuals: Any, gradient: Result
 ) -> tuple[Rows, Context]:
@@ -454,6 +455,7 @@ def _share_forward(blocks, num_calls, normalise, pair, weights, mask):
   return SharedPair(bias, inverse_deviation, slots), (pair, weights, mask)
 
 
+@numerics.standard_promotion()
 def _share_backward(blocks, num_calls, normalise, residuals, found):
   del num_calls
   pair, weights, mask = residuals

@@ -35,6 +35,7 @@ import numpy as np
 
 from structattn_jax.common import base_config, checks, numerics
 from structattn_jax.components import haiku_modules as hm
+from structattn_jax.components import parameters as pm
 from structattn_jax.network.alphafold2 import blocked_attention as kernel
 
 Implementation = Literal['dense', 'blocked']
@@ -649,7 +650,7 @@ def transform_ipa(
       return_attention=return_attention,
     )
 
-  return hk.without_apply_rng(hk.transform(forward))
+  return pm.transform(forward)
 
 
 class CachedIpa(NamedTuple):
@@ -693,7 +694,7 @@ def cached_ipa(
     return InvariantPointAttention(config).pair_bias(pair)
 
   init, apply = transform_ipa(config)
-  precompute = hk.without_apply_rng(hk.transform(pair_bias)).apply
+  precompute = pm.transform(pair_bias).apply
   return CachedIpa(init, precompute, apply)
 
 

@@ -32,6 +32,7 @@ from structattn_jax import geometry
 from structattn_jax.common import base_config, checks, numerics
 from structattn_jax.components import functional
 from structattn_jax.components import haiku_modules as hm
+from structattn_jax.components import parameters as pm
 from structattn_jax.network.alphafold2 import all_atom, residue_constants
 from structattn_jax.network.alphafold2 import (
   invariant_point_attention as ipa_lib,
@@ -551,7 +552,7 @@ def transform_structure_module(
       dropout_key=dropout_key,
     )
 
-  return hk.without_apply_rng(hk.transform(forward))
+  return pm.transform(forward)
 
 
 def _stop_rotation_gradient(frames: Frames) -> Frames:

@@ -148,9 +148,9 @@ def cached_atom_cross_att(
   own: Any = {'config': config, 'prefix': prefix}
   return CachedAtomCrossAtt(
     init,
-    functools.partial(precompute, **own),
-    functools.partial(encode, **own),
-    functools.partial(decode, **own),
+    pm.with_cast_parameters(functools.partial(precompute, **own)),
+    pm.with_cast_parameters(functools.partial(encode, **own)),
+    pm.with_cast_parameters(functools.partial(decode, **own)),
   )
 
 
@@ -193,7 +193,7 @@ def transform_atom_cross_att(
   config = config or AtomCrossAttConfig()
   _check_implementation(config)
   forward = functools.partial(atom_cross_att, config, prefix)
-  return hk.without_apply_rng(hk.transform(forward))
+  return pm.transform(forward)
 
 
 def precompute(

@@ -264,7 +264,11 @@ def cached_diffusion_head(
     )
     return jax.vmap(lambda x: atom_layout.atoms_to_dense(plan, x))(denoised)
 
-  return CachedDiffusionHead(init, precompute, denoise)
+  return CachedDiffusionHead(
+    init,
+    pm.with_cast_parameters(precompute),
+    pm.with_cast_parameters(denoise),
+  )
 
 
 def _pair_cond(

@@ -454,9 +454,7 @@ def transform_diffusion_head(
     use_conditioning=True)` and `apply(params, ...)` with the same arguments,
     which returns denoised positions; see `diffusion_head`.
   """
-  return hk.without_apply_rng(
-    hk.transform(functools.partial(_head, config or DiffusionHeadConfig()))
-  )
+  return pm.transform(functools.partial(_head, config or DiffusionHeadConfig()))
 
 
 def diffusion_head_parameters(

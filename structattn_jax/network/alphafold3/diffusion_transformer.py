@@ -413,7 +413,7 @@ def transform_transformer(
     module = Transformer(config, name=name)
     return module(act, mask, single_cond, pair_cond)
 
-  return hk.without_apply_rng(hk.transform(forward))
+  return pm.transform(forward)
 
 
 class CrossAttTransformer(hk.Module):

@@ -220,7 +220,7 @@ def transform_atom_attention(config: Config | None = None) -> hk.Transformed:
   """
   config = config or Boltz1AtomAttentionConfig()
   forward = functools.partial(atom_attention_outputs, config)
-  return hk.without_apply_rng(hk.transform(forward))
+  return pm.transform(forward)
 
 
 class CachedAtomAttention(NamedTuple):
@@ -284,7 +284,9 @@ def cached_atom_attention(config: Config | None = None) -> CachedAtomAttention:
     own = pm.below(params, 'atom_attention_decoder/')
     return decode(own, context, token_act, atoms)
 
-  return CachedAtomAttention(init, precompute, encode_, decode_)
+  return CachedAtomAttention(
+    init, *map(pm.with_cast_parameters, (precompute, encode_, decode_))
+  )
 
 
 # The algorithm.

@@ -175,7 +175,7 @@ def transform_diffusion(config: DiffusionConfig) -> hk.Transformed:
   def run(*arguments: Any, **named: Any) -> BoltzDiffusionOutput:
     return diffusion_outputs(config, *arguments, **named)
 
-  return hk.without_apply_rng(hk.transform(run))
+  return pm.transform(run)
 
 
 def diffusion_outputs(
@@ -372,7 +372,9 @@ def cached_diffusion(config: DiffusionConfig) -> CachedDiffusion:
     )
     return factors.c_skip * positions + factors.c_out * update
 
-  return CachedDiffusion(init, precompute, denoise)
+  return CachedDiffusion(
+    init, *map(pm.with_cast_parameters, (precompute, denoise))
+  )
 
 
 def _map_samples(fn: Callable[[Any], Any], arrays: Any) -> Any:

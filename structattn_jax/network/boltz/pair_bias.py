@@ -204,6 +204,7 @@ def _forward(sizes, weights, atoms, tokens) -> tuple[Any, Any]:
   return biases, (weights, atoms, tokens)
 
 
+@numerics.standard_promotion()
 def _backward(sizes, residuals, gradient) -> tuple[Any, Any, Any]:
   weights, atoms, tokens = residuals
   padded = _pad(sizes, atoms)

@@ -447,6 +447,7 @@ def _sigmoid_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
   return y, y
 
 
+@numerics.standard_promotion()
 def _sigmoid_backward(y: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
   return (gradient * y * (1 - y),)
 
@@ -464,6 +465,7 @@ def _swish_gate_forward(x, gate, factor) -> tuple[jax.Array, Any]:
   return _swish_gate(x, gate, factor), (x, gate, factor)
 
 
+@numerics.standard_promotion()
 def _swish_gate_backward(kept: Any, gradient: jax.Array) -> tuple:
   x, gate, factor = kept
   sigmoid = jax.nn.sigmoid(gate)

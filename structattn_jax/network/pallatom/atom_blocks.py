@@ -300,7 +300,7 @@ def transform_atom_transformer(
   def forward(q, c, p, neighbor_idx, valid_mask):
     return AtomTransformer(config)(q, c, p, neighbor_idx, valid_mask)
 
-  return hk.without_apply_rng(hk.transform(forward))
+  return pm.transform(forward)
 
 
 # What encoder and decoder do with pairs of atoms.

@@ -541,7 +541,7 @@ def transform_atom_feature_encoder(
   def forward(*args, **kwargs):
     return AtomFeatureEncoder(config)(*args, **kwargs)
 
-  return hk.without_apply_rng(hk.transform(forward))
+  return pm.transform(forward)
 
 
 def transform_atom_attention_decoder(
@@ -579,7 +579,7 @@ def transform_atom_attention_decoder(
   def forward(*args, **kwargs):
     return AtomAttentionDecoder(config)(*args, **kwargs)
 
-  return hk.without_apply_rng(hk.transform(forward))
+  return pm.transform(forward)
 
 
 def _check_tokens(tok_idx: Any, n_token: int) -> Any:

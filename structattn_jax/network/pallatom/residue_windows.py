@@ -478,6 +478,7 @@ def _product_forward(matrix: _Matrix, x: jax.Array) -> Any:
   return _product(matrix, x), (matrix, x)
 
 
+@numerics.standard_promotion()
 def _product_backward(residuals: Any, gradient: jax.Array) -> Any:
   matrix, x = residuals
   unused = jnp.zeros_like(matrix.transposed)
@@ -497,6 +498,7 @@ def _row_product_forward(matrix: _Matrix, x: jax.Array) -> Any:
   return _row_product(matrix, x), (matrix, x)
 
 
+@numerics.standard_promotion()
 def _row_product_backward(residuals: Any, gradient: jax.Array) -> Any:
   matrix, x = residuals
   own = jnp.einsum('qok,qik->qoi', gradient, x)

@@ -29,6 +29,7 @@ import numpy as np
 
 from structattn_jax.common import checks
 from structattn_jax.components import functional
+from structattn_jax.components import parameters as pm
 from structattn_jax.network.sedd import blocks
 from structattn_jax.network.sedd.embeddings import TokenEmbedding
 
@@ -142,7 +143,7 @@ def transform_sedd_dual_track(
       dropout_key=dropout_key,
     )
 
-  return hk.without_apply_rng(hk.transform(forward))
+  return pm.transform(forward)
 
 
 def sedd_dual_track(
@@ -268,7 +269,7 @@ def transform_dual_track(
       config, protein_tokens, ligand_tokens, sigma, protein_mask, ligand_mask
     )
 
-  return hk.without_apply_rng(hk.transform(forward))
+  return pm.transform(forward)
 
 
 def dual_track_states(

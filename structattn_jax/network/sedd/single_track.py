@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from structattn_jax.common import checks
+from structattn_jax.components import parameters as pm
 from structattn_jax.network.sedd import blocks
 from structattn_jax.network.sedd.embeddings import TokenEmbedding
 
@@ -60,7 +61,7 @@ def transform_sedd(config: SeddConfig | None = None) -> hk.Transformed:
   def forward(tokens, sigma, mask=None, *, dropout_key=None):
     return sedd(config, tokens, sigma, mask, dropout_key=dropout_key)
 
-  return hk.without_apply_rng(hk.transform(forward))
+  return pm.transform(forward)
 
 
 def sedd(

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 
 from structattn_jax.common import base_config, checks, numerics
 from structattn_jax.components import haiku_modules as hm
+from structattn_jax.components import parameters as pm
 from structattn_jax.components import segment
 
 
@@ -237,7 +238,7 @@ def transform_token_atom_attention(
   def forward(atoms, tokens, atom_to_token, atom_mask=None):
     return token_atom_update(config, atoms, tokens, atom_to_token, atom_mask)
 
-  return hk.without_apply_rng(hk.transform(forward))
+  return pm.transform(forward)
 
 
 def _check_inputs(

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 
 from structattn_jax.common import base_config, checks, numerics
 from structattn_jax.components import haiku_modules as hm
+from structattn_jax.components import parameters as pm
 from structattn_jax.components import segment
 
 
@@ -169,4 +170,4 @@ def transform_token_attention_pool(
       atom_features, atom_to_token, num_tokens, atom_mask
     )
 
-  return hk.without_apply_rng(hk.transform(forward))
+  return pm.transform(forward)

@@ -76,6 +76,8 @@ _LONG_ALIASES = {
   **dict.fromkeys(('ASPH', 'ASPP'), 'ASP'),
   **dict.fromkeys(('GLUH', 'GLUP'), 'GLU'),
   'ARGN': 'ARG',
+  **{'RADE': 'A', 'RCYT': 'C', 'RGUA': 'G', 'RURA': 'U'},
+  **{'DADE': 'DA', 'DCYT': 'DC', 'DGUA': 'DG', 'DTHY': 'DT'},
   **dict.fromkeys(('TIP3', 'TIP4', 'TIP5', 'TP3M', 'SPCE'), 'HOH'),
 }
 # SOL, SPC and TP3 are other components in the CCD; water models of simulation
@@ -228,6 +230,15 @@ def find_component(name: str) -> Component | None:
     positions=ideal,
     bonds=tuple(bonds),
     index=index,
+  )
+
+
+def is_linking(residue_name: str) -> bool:
+  """Whether a residue of this name can be one of a chain, by the CCD."""
+  component = find_component(residue_name.upper())
+  return component is not None and any(
+    part in component.kind
+    for part in ('PEPTIDE LINKING', 'DNA LINKING', 'RNA LINKING')
   )
 
 

@@ -242,9 +242,12 @@ def _read_bytes(path: pathlib.Path) -> bytes:
     raise StructureFileError(
       f'{path}: cannot be read ({error}); check that the file is complete'
     ) from error
-  if data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+  wide = data[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+  # Every other byte of ASCII text in UTF-16 is 0, of UTF-32 three in four.
+  text = _suffix(path) not in _BINARY_CIF_SUFFIXES
+  if text and (wide or data[:1000].count(0) > len(data[:1000]) // 3):
     raise StructureFileError(
-      f'{path}: the text is UTF-16; save it as UTF-8 or plain ASCII'
+      f'{path}: the text is UTF-16 or UTF-32; save it as UTF-8 or plain ASCII'
     )
   while data.startswith(codecs.BOM_UTF8):  # Joined files have several.
     data = data.removeprefix(codecs.BOM_UTF8)
@@ -292,7 +295,10 @@ def _read_pdb(path: pathlib.Path, data: bytes) -> tuple[AtomTable, np.ndarray]:
       # but ligands of the chain come behind its TER.
       pieces: collections.Counter[str] = collections.Counter()
       for chain in model:
-        polymer = any(residue.het_flag != 'H' for residue in chain)
+        # All of it may be modified; one residue alone is a ligand.
+        polymer = any(residue.het_flag != 'H' for residue in chain) or (
+          sum(chemical_components.is_linking(r.name) for r in chain) > 1
+        )
         if polymer or not pieces[chain.name]:
           pieces[chain.name] += 1
         piece = pieces[chain.name] - 1
@@ -514,6 +520,15 @@ def _from_columns(
       )
     return values.astype(np.int32)
 
+  for names in (
+    ('label_atom_id', 'auth_atom_id'),
+    ('label_comp_id', 'auth_comp_id'),
+  ):
+    if not any(name in site for name in names):
+      raise StructureFileError(
+        f'{path}: atom_site has no {names[0]} column; atoms and residues need '
+        'names'
+      )
   for axis in 'xyz':
     if f'cartn_{axis}' not in site:
       raise StructureFileError(

@@ -422,11 +422,7 @@ def _classify(
   nucleotides = set(chemical_components.NUCLEOTIDES)
   for i, name in enumerate(component_name.tolist()):
     hetero = not is_standard[i]
-    component = chemical_components.find_component(name)
-    linking = component is not None and any(
-      part in component.kind
-      for part in ('PEPTIDE LINKING', 'DNA LINKING', 'RNA LINKING')
-    )
+    linking = chemical_components.is_linking(name)
     in_polymer = (
       linked[i]
       or not hetero

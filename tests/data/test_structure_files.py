@@ -46,6 +46,16 @@ def test_ligand_behind_ter_stays_in_its_chain(pdb, write):
   assert structure.residue_chain.tolist() == [0, 0, 1, 0, 1]
 
 
+def test_chain_of_modified_residues_alone_is_another_chain(pdb, write):
+  names = ('N', 'CA', 'C', 'O')
+  pdb.residue('GLY', 1, names=names).residue('GLY', 2, names=names)
+  pdb.lines.append('TER')
+  for number in (1, 2):
+    pdb.residue('MSE', number, names=names, hetero=True, shift=50)
+  structure = data.load_structure(write(pdb))
+  assert sequences(structure) == [('A', 'GG'), ('A:2', 'MM')]
+
+
 def test_copies_without_ter_are_chains_not_residues(pdb, write):
   for copy in range(3):
     for number, name in enumerate(('GLY', 'ALA', 'SER'), start=1):
@@ -162,15 +172,32 @@ def test_lower_case_is_read_and_utf16_says_so(tmp_path):
   path.write_text(text.lower())
   ((_, sequence),) = sequences(data.load_structure(path))
   assert sequence == 'MKTAYI'
-  path.write_text(text, encoding='utf-16')
-  with pytest.raises(data.StructureFileError, match='UTF-16'):
-    data.load_structure(path)
+  for encoding in ('utf-16', 'utf-16-le', 'utf-32'):
+    path.write_text(text, encoding=encoding)
+    with pytest.raises(data.StructureFileError, match='UTF-16'):
+      data.load_structure(path)
+
+
+def test_atoms_without_names_are_refused(tmp_path):
+  text = (FILES / 'esd.cif').read_text()
+  path = tmp_path / 'x.cif'
+  for column in ('atom_id', 'comp_id'):
+    path.write_text(text.replace(f'_{column}', f'_other_{column}'))
+    with pytest.raises(data.StructureFileError, match=f'label_{column}'):
+      data.load_structure(path)
 
 
 def test_names_of_simulation_packages_are_standard_residues(pdb, write):
   structure = load('dna_amber.pdb')
   assert structure.residue_kind.tolist() == ['nucleic'] * 4
   assert structure.component_name.tolist()[0] == 'DA'
+  alias = chemical_components.long_residue_alias
+  assert [alias(x) for x in ('DCYT', 'RADE', 'TIP3', 'ALA')] == [
+    'DC',
+    'A',
+    'HOH',
+    None,
+  ]
   for number, name in enumerate(('NGLY', 'LYSH', 'CALA'), start=1):
     pdb.residue('GLY', number, names=('N', 'CA', 'C', 'O'))
     pdb.lines[-4:] = [

@@ -70,7 +70,7 @@ def derivative(fn):
   Large steps are off by truncation and short ones by rounding; which one is
   good to ten digits depends on the formula.
   """
-  for h in (8e-3, 2e-3, 5e-4, 3e-4, 2e-4, 1e-4, 5e-5, 2e-5):
+  for h in (8e-3, 4e-3, 2e-3, 5e-4, 3e-4, 2e-4, 1e-4, 5e-5, 2e-5):
     slopes = [fn(k * h) - fn(-k * h) for k in (1, 2, 3)]
     yield (45 * slopes[0] - 9 * slopes[1] + slopes[2]) / (60 * h)
 

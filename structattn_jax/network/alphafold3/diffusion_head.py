@@ -444,7 +444,34 @@ def transform_diffusion_head(
   """Pure functions of AF3's diffusion head, as published.
 
   For many steps or samples of one structure `cached_diffusion_head` is the same
-  for a part of the work, with the same parameters.
+  for a part of the work, with the same parameters. Shapes of the released sizes
+  for two tokens of three atoms:
+
+    >>> ids, atoms = np.ones(2, np.int32), np.ones((2, 3), np.int32)
+    >>> names = 'token_index residue_index asym_id entity_id sym_id'.split()
+    >>> batch = DiffusionHeadBatch.from_batch(
+    ...   {
+    ...     **dict.fromkeys(names, ids),
+    ...     'seq_mask': ids > 0,
+    ...     'pred_dense_atom_mask': atoms > 0,
+    ...     'ref_mask': atoms > 0,
+    ...     'ref_pos': np.zeros((2, 3, 3), np.float32),
+    ...     'ref_element': atoms,
+    ...     'ref_charge': np.zeros((2, 3), np.float32),
+    ...     'ref_space_uid': atoms,
+    ...     'ref_atom_name_chars': np.ones((2, 3, 4), np.int32),
+    ...   },
+    ...   num_queries=4,
+    ...   num_keys=8,
+    ... )
+    >>> embeddings = TrunkEmbeddings(
+    ...   jnp.ones((2, 384)), jnp.ones((2, 2, 128)), jnp.ones((2, 447))
+    ... )
+    >>> inputs = (jnp.zeros((2, 3, 3)), jnp.float32(16), batch, embeddings)
+    >>> init, apply = transform_diffusion_head()
+    >>> params = jax.eval_shape(init, jax.random.key(0), *inputs)
+    >>> jax.eval_shape(apply, params, *inputs).shape
+    (2, 3, 3)
 
   Args:
     config: sizes; None takes the released ones.

@@ -302,6 +302,7 @@ def test_formats_written_from_one_structure_give_the_same_features(
       model=1,
       altloc='occupancy',
       extra_fields=['charge'],
+      use_author_fields=True,
     )
   path = tmp_path / f'copy.{suffix}'
   if suffix == 'pdb':

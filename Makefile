@@ -2,7 +2,7 @@
 # PYTHON=python3.12, and so on): with uv where it is installed, else with venv
 # and pip. A second call installs nothing.
 PYTHON ?= python3
-VENV ?= $(patsubst .venv-python3,.venv,.venv-$(notdir $(PYTHON)))
+VENV ?= .venv$(patsubst python3.%,-3.%,$(patsubst python3,,$(notdir $(PYTHON))))
 BIN := $(VENV)/bin
 FILE ?=
 WORKERS ?= 2
